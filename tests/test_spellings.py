@@ -1,0 +1,151 @@
+"""Every spelling of attention is the same attention: in plain PyTorch, and to the compiler."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvpass
+from tests.models import Config, build
+from tests.models.attention import SCORED
+from tests.models.config import MASK_SOURCES, POSITIONS, Mask, MaskFrom, Position
+from tests.models.masks import closed_form, in_graph, table
+from tests.models.tolerances import tolerance
+from tests.property.history import run_history
+from tests.property.oracle import compare
+from tests.property.session import Session
+from tests.spellings import CAUSAL_ONLY, PADDABLE, SPELLINGS
+from tests.test_property import compiled
+
+STEPS = ["fresh_7", "grow_1", "grow_1", "grow_9", "grow_1", "branch", "grow_2"]
+CLOSED_FORMS = {
+    "causal": "j <= i",
+    "sliding": "(j <= i) & (j > i - 3)",
+    "chunked": "(j <= i) & (floor(j/3) == floor(i/3))",
+}
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """Attention from its definition, one number at a time in the order of the formula, in float64."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        keys = allowed.expand(q.shape[0], q.shape[1], *allowed.shape[-2:])[b, h, i].nonzero().flatten()
+        scores = scale * (k[b, h // group, keys].double() @ q[b, h, i].double())
+        out[b, h, i] = torch.softmax(scores, 0) @ v[b, h // group, keys].double()
+    return out.to(q.dtype)
+
+
+def draw(heads: int, kv_heads: int, rows: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads + kv_heads)
+    q = torch.randn(2, heads, rows, 6, generator=generator)
+    k = torch.randn(2, kv_heads, rows, 6, generator=generator)
+    return q, k, torch.randn(2, kv_heads, rows, 5, generator=generator)
+
+
+@pytest.mark.parametrize("mask", ["causal", "sliding", "chunked"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_is_attention(name: str, heads: int, kv_heads: int, mask: Mask) -> None:
+    if name in CAUSAL_ONLY and mask != "causal":
+        return
+    q, k, v = draw(heads, kv_heads)
+    allowed = table(Config(mask=mask, width=3), q.shape[2])
+    compare(SPELLINGS[name](q, k, v, allowed, 0.4), reference(q, k, v, allowed, 0.4))
+
+
+@pytest.mark.parametrize("name", sorted(PADDABLE))
+def test_spelling_takes_a_mask_per_text(name: str) -> None:
+    q, k, v = draw(4, 2)
+    padding = torch.arange(11) >= torch.tensor([[0], [4]])
+    allowed = table(Config(), 11) & padding[:, None, None, :]
+    got, want = SPELLINGS[name](q, k, v, allowed, 0.4), reference(q, k, v, allowed, 0.4)
+    assert got.isfinite().all()
+    compare(got.transpose(1, 2)[padding], want.transpose(1, 2)[padding])
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_scored_spellings_agree(biased: bool, cap: float | None) -> None:
+    q, k, v = draw(4, 2)
+    bias = torch.randn(4, 11, 11, generator=torch.Generator().manual_seed(1)) if biased else None
+    answers = [f(q, k, v, table(Config(), 11), 0.4, bias, cap) for f in SCORED.values()]
+    for answer in answers[1:]:
+        compare(answer, answers[0])
+    if not biased and cap is None:
+        compare(answers[0], reference(q, k, v, table(Config(), 11), 0.4))
+
+
+@pytest.mark.parametrize("source", ["arange", "tril", "triu", "cumsum"])
+@pytest.mark.parametrize("mask", ["causal", "sliding", "chunked"])
+def test_masks_in_the_graph_are_the_closed_form(mask: Mask, source: MaskFrom) -> None:
+    for width in (1, 2, 3, 7):
+        config = Config(mask=mask, mask_from=source, width=width)
+        got = in_graph(config, 13, torch.device("cpu"))
+        want = [[bool(closed_form(config, torch.tensor(i), torch.tensor(j))) for j in range(13)] for i in range(13)]
+        assert got.tolist() == want
+
+
+# --- through the compiler --------------------------------------------------------------------------------------------
+
+
+def proven(config: Config) -> kvpass.Report:
+    ids = torch.randint(0, config.vocab, (1, 9), generator=torch.Generator().manual_seed(0))
+    report = kvpass.explain(build(config), ids)
+    assert report.proven, f"build({config!r})\n{report}"
+    assert not report.refusals
+    assert len(report.attention) == config.layers
+    return report
+
+
+def exact(config: Config) -> Session:
+    return run_history(config, compiled, STEPS)
+
+
+@pytest.mark.parametrize("mask", ["causal", "sliding"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_is_proven_and_exact(name: str, mask: Mask) -> None:
+    if name in CAUSAL_ONLY and mask != "causal":
+        return
+    config = Config(spelling=name, mask=mask, width=3, heads=4, kv_heads=2, head_size=6)
+    report = proven(config)
+    assert {a.mask for a in report.attention} == {CLOSED_FORMS[mask]}
+    exact(config)
+
+
+@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize(("position", "cap"), [("alibi", None), ("rotary_half", 3.0), ("alibi", 3.0)])
+def test_scored_spelling_is_proven_and_exact(name: str, position: Position, cap: float | None) -> None:
+    config = Config(spelling=name, position=position, soft_cap=cap, heads=4, kv_heads=2)
+    proven(config)
+    exact(config)
+
+
+@pytest.mark.parametrize("mask_from", [source for source in MASK_SOURCES if source != "argument"])
+@pytest.mark.parametrize("mask", ["causal", "sliding", "chunked"])
+def test_mask_is_proven_and_exact(mask: Mask, mask_from: MaskFrom) -> None:
+    config = Config(mask=mask, mask_from=mask_from, width=3, layers=1)
+    report = proven(config)
+    assert {a.mask for a in report.attention} == {CLOSED_FORMS[mask]}
+    exact(config)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_position_is_proven_and_exact(position: Position) -> None:
+    spelling = "scored_masked_fill" if position == "alibi" else "sdpa_bool_mask"
+    config = Config(position=position, spelling=spelling)
+    proven(config)
+    exact(config)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_heads_are_stored_before_they_are_repeated(heads: int, kv_heads: int) -> None:
+    """The cost of a row is the theoretical minimum: keys and values of the key heads, and nothing else."""
+    config = Config(heads=heads, kv_heads=kv_heads, head_size=6, output="last")
+    report = proven(config)
+    assert report.bytes_per_row == 2 * config.layers * kv_heads * config.head_size * config.torch_dtype.itemsize
+
+
+def test_tolerances_are_below_one_key() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert 0 < tolerance(dtype).atol < 0.1
+    assert tolerance(torch.long).atol == 0
