@@ -1,0 +1,160 @@
+"""Something besides attention carries a later row to an earlier one."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.adversarial.base import SIZE, Model
+
+
+class MeanOverTime(Model):
+    """Every row gets the mean of all rows."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=1, keepdim=True)
+
+
+class MaxOverTime(Model):
+    """Every row gets the largest value of each feature."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x.amax(dim=1, keepdim=True).expand_as(x)
+
+
+class NormOverTime(Model):
+    """Features are normalised along the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=1, keepdim=True)
+
+
+class LayerNormOverText(Model):
+    """One mean and one variance for the whole text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=(1, 2), keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + 1e-5)
+
+
+class InstanceNorm(Model):
+    """Each feature is normalised over the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return functional.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class SoftmaxOverTime(Model):
+    """A gate whose weights sum to one over the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x * x.softmax(dim=1)
+
+
+class NextRow(Model):
+    """Every row gets the one after it."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return functional.pad(x[:, 1:], (0, 0, 0, 1))
+
+
+class Roll(Model):
+    """`roll` by one to the right: the first row gets the last one."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.roll(x, shifts=1, dims=1)
+
+
+class Flip(Model):
+    """The text read backwards."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+class CumsumFromTheRight(Model):
+    """`flip`, `cumsum`, `flip`: a sum over what comes after."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x.flip(1).cumsum(1).flip(1) / 8
+
+
+class RemainderOfSum(Model):
+    """The total without what came before: the same sum, without a flip."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return (x.sum(1, keepdim=True) - x.cumsum(1)) / 8
+
+
+class SortOverTime(Model):
+    """Features sorted along the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x.sort(dim=1).values
+
+
+class TopKOverTime(Model):
+    """The two largest of each feature, wherever they stand."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x.topk(2, dim=1).values.sum(1, keepdim=True).expand_as(x)
+
+
+class ArgmaxOverTime(Model):
+    """The row with the largest first feature, fetched by `gather`."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        index = x[..., :1].argmax(dim=1, keepdim=True).expand(-1, 1, SIZE)
+        return x.gather(1, index).expand_as(x)
+
+
+class ArgsortOverTime(Model):
+    """Rows in the order of their first feature."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        order = x[..., 0].argsort(dim=1)
+        return x.gather(1, order[..., None].expand_as(x))
+
+
+class FourierOverTime(Model):
+    """FNet: a Fourier transform along the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x, dim=1).real / 4
+
+
+class SymmetricConvolution(Model):
+    """A convolution of width three, padded on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(SIZE, SIZE, 3, padding=1)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class LastRowForAll(Model):
+    """Every row gets the last one."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x[:, -1:].expand_as(x)
+
+
+class HistogramOfTokens(Model):
+    """Every row sees how often each token occurs in the whole text."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        counts = functional.one_hot(ids, 19).sum(1, keepdim=True)
+        return self.head(self.embed(ids)) + counts
+
+
+class BackwardRecurrence(Model):
+    """A bidirectional GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(SIZE, SIZE // 2, bidirectional=True, batch_first=True)
+
+    def mix(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.gru(x)[0]
+        return answer
