@@ -13,6 +13,7 @@ from tests.models import Config, Transformer, build, make_call
 from tests.models.draw import random_config
 from tests.property import standin
 from tests.property.history import STEPS, draw_steps, run_history
+from tests.property.machine import run_machine
 from tests.property.oracle import Mismatch, Model, check_same, compare, identical
 from tests.property.session import CacheLike, NoReuse
 
@@ -150,6 +151,19 @@ def forgets(model: Transformer) -> tuple[Model, CacheLike]:
 def test_a_compiler_that_recomputes_everything_is_seen() -> None:
     with pytest.raises(NoReuse, match="6 rows were computed where 1 of 6 are new"):
         run_history(Config(), forgets, ["repeat", "grow_1"])
+
+
+def test_the_state_machine_accepts_a_perfect_cache() -> None:
+    run_machine(right)
+
+
+@pytest.mark.parametrize(
+    "fault", [standin.Frozen, standin.Aliasing, standin.Swallowing, partial(standin.like, kind=standin.SwappedRows)]
+)
+def test_the_state_machine_sees_a_fault(fault: Callable[[Transformer], Model]) -> None:
+    with pytest.raises(Mismatch) as caught:
+        run_machine(partial(with_fault, fault))
+    assert "model: build(Config(" in "".join(caught.value.__notes__)
 
 
 FAULTS: list[tuple[str, Callable[[Transformer], Model], list[str]]] = [

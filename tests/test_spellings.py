@@ -10,11 +10,11 @@ from tests.models.attention import SCORED
 from tests.models.config import MASK_SOURCES, POSITIONS, Mask, MaskFrom, Position
 from tests.models.masks import closed_form, in_graph, table
 from tests.models.tolerances import tolerance
+from tests.property.fast import compiled
 from tests.property.history import run_history
 from tests.property.oracle import compare
 from tests.property.session import Session
 from tests.spellings import CAUSAL_ONLY, PADDABLE, SPELLINGS
-from tests.test_property import compiled
 
 STEPS = ["fresh_7", "grow_1", "grow_1", "grow_9", "grow_1", "branch", "grow_2"]
 CLOSED_FORMS = {

@@ -100,7 +100,7 @@ class Frozen:
         self.state = clone(model.state_dict())
 
     def __call__(self, *args: Tensor | None) -> Any:
-        return torch.func.functional_call(self.model, self.state, args)
+        return torch.func.functional_call(self.model, self.state, args, tie_weights=False)
 
 
 class Swallowing:
