@@ -67,6 +67,12 @@ class PageSpace:
         self.free.append(page)
         self.dirty.add(page)
 
+    def forget(self, pages: int) -> None:
+        """There turned out to be no memory for page ids `pages` and up, none of which is handed out."""
+        self.free = [page for page in self.free if page < pages]
+        self.dirty = {page for page in self.dirty if page < pages}
+        self.fresh = min(self.fresh, max(pages, 1))
+
     def take_dirty(self) -> list[PageId]:
         """The free pages whose memory should go back to the operating system now, in order."""
         pages = sorted(self.dirty)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvpass.cache.blocks import SCRATCH, Budget, PageSpace
+from kvpass.cache.blocks import SCRATCH, Budget, PageId, PageSpace
 from kvpass.cache.plan import NewPage, Plan
-from kvpass.cache.pools import Pool, SlotSpec, poison_byte, row_slice
+from kvpass.cache.pools import Pool, SlotSpec, poison_byte
 from kvpass.cache.prefix import Node, Tree, twin
 from kvpass.cache.residents import Residents
 
@@ -73,11 +73,19 @@ class Bundle:
         owned = [new.page for new in plan.fresh if not new.extends]
         if self.poison and owned:
             self._poison(owned)
+        self._copy(plan)
+
+    def _copy(self, plan: Plan) -> None:
+        """Begin new pages with the rows of the page that they branch from; branches of one page all at once."""
+        copies: dict[tuple[PageId, int], list[PageId]] = {}
         for new in plan.fresh:
             if new.held and not new.extends and new.source is not None:
-                for identity, raw in self.raws.items():
-                    rows = row_slice(self.slots[identity], 0, new.held)
-                    raw[new.page, :, rows] = raw[new.source.page, :, rows]
+                copies.setdefault((new.source.page, new.held), []).append(new.page)
+        for (source, held), pages in copies.items():
+            where: PageId | list[PageId] = pages if len(pages) > 1 else pages[0]
+            for identity, pool in self.pools.items():
+                raw, rows = self.raws[identity], slice(0, held * pool.stride)
+                raw[where, :, rows] = raw[source, :, rows]
 
     def _grow(self) -> None:
         first = self.pages == 0
@@ -91,7 +99,7 @@ class Bundle:
         if first and self.poison:
             self._poison([SCRATCH])
 
-    def _poison(self, pages: list[Any]) -> None:
+    def _poison(self, pages: list[PageId]) -> None:
         for identity, raw in self.raws.items():
             raw[pages] = poison_byte(self.slots[identity].dtype)
 
@@ -117,9 +125,11 @@ class Bundle:
 
     def _carry_over(self, new: NewPage, written: Mapping[bytes, Any]) -> None:
         """A pool grew while the call ran: the call's rows are in the old memory."""
+        first = new.held if new.extends else 0
         for identity, raw in self.raws.items():
             if raw is not written[identity]:
-                rows = row_slice(self.slots[identity], 0 if not new.extends else new.held, new.filled)
+                stride = self.pools[identity].stride
+                rows = slice(first * stride, new.filled * stride)
                 raw[new.page, :, rows] = written[identity][new.page, :, rows]
 
     def discard(self, part: Part) -> None:

@@ -57,9 +57,5 @@ def format_bytes(size: int) -> str:
     """A size for people: `format_bytes(24746393) == "23.6 MiB"`."""
     if size < 1024:
         return f"{size} B"
-    value, unit = float(size), ""
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        value /= 1024
-        if value < 1023.95:
-            break
-    return f"{value:.1f} {unit}"
+    step = next((step for step in (1, 2, 3) if size < 1023.95 * 1024**step), 4)
+    return f"{size / 1024**step:.1f} {'KMGT'[step - 1]}iB"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-import numpy
 import torch
-from numpy.typing import NDArray
 
-from kvpass.cache.bundles import Flight
+from kvpass.cache.bundles import Bundle, Flight
 from kvpass.cache.plan import write_offsets
-from kvpass.cache.pools import SlotSpec
+from kvpass.cache.pools import Pool, SlotSpec
 
 if TYPE_CHECKING:
     from kvpass.cache.store import Cache
@@ -20,11 +19,27 @@ if TYPE_CHECKING:
 class SlotTable:
     """The slots of one program, as `Cache.register` returns it. Keep it as long as the program."""
 
-    __slots__ = ("__weakref__", "cache", "slots")
+    __slots__ = ("__weakref__", "bundles", "cache", "groups", "pools", "slots", "where")
 
     def __init__(self, cache: Cache, slots: tuple[SlotSpec, ...]) -> None:
         self.cache = cache
         self.slots = slots
+        self.bundles: tuple[Bundle, ...] = ()
+        self.pools: tuple[Pool, ...] = ()
+        self.groups: tuple[tuple[int, torch.device], ...] = ()
+        """A bundle and a device: the slots that share tables."""
+        self.where: tuple[int, ...] = ()
+        """The group of each slot."""
+
+    def arrange(self, home: Mapping[bytes, Bundle]) -> None:
+        """Learn the bundles of the slots; a bundle that is split makes this necessary again."""
+        homes = [home[spec.identity] for spec in self.slots]
+        self.bundles = tuple(dict.fromkeys(homes))
+        self.pools = tuple(bundle.pools[spec.identity] for bundle, spec in zip(homes, self.slots, strict=True))
+        pairs = zip(homes, self.slots, strict=True)
+        keys = [(self.bundles.index(bundle), spec.device) for bundle, spec in pairs]
+        self.groups = tuple(dict.fromkeys(keys))
+        self.where = tuple(self.groups.index(key) for key in keys)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -44,34 +59,20 @@ class SlotView(NamedTuple):
     """int64 `[B * (S - start)]`: the row within that page."""
 
 
-class _Tables:
-    """The tables of one part, on the host, and on each device that asked."""
-
-    __slots__ = ("_host", "_on")
-
-    def __init__(self, host: tuple[NDArray[numpy.int32], NDArray[numpy.int64], NDArray[numpy.int64]]) -> None:
-        self._host = host
-        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = self._on.get(device)
-        if found is None:
-            block_table, page, offset = (torch.from_numpy(array).to(device) for array in self._host)
-            found = self._on[device] = (block_table, page, offset)
-        return found
+_Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Lease:
     """The pages of one call, pinned until `commit` or `abort`, of which exactly one is called, once.
 
-    As a context manager it commits at the end of the block and aborts on an exception, unless the block ended it itself.
+    As a context manager it commits at the end of the block and aborts on an exception, unless the block ended it.
     """
 
-    def __init__(self, cache: Cache, table: SlotTable, flight: Flight, reason: str, where: tuple[int, ...]) -> None:
-        self._cache = cache
-        self._slots = table.slots
+    def __init__(self, cache: Cache, table: SlotTable, flight: Flight, reason: str) -> None:
         self._flight = flight
-        self._where = where
+        self._cache = cache
+        self._where = table.where
+        self._groups = table.groups
         self.start = flight.start
         """The first row that the call has to compute."""
         self.length = flight.length
@@ -83,16 +84,11 @@ class Lease:
         """Why `stored` is False, as a sentence; otherwise empty."""
         self.pools: tuple[torch.Tensor, ...] = ()
         """One per slot, in the order of registration."""
-        self._tables: list[_Tables] = []
+        self._views: list[_Views | None] = [None] * len(self._groups)
+        # A flight's parts may be split while the call runs; its page ids stay what they are now.
+        self._plans = [part.plan for part in flight.parts]
         if self.stored:
-            bundles = [part.bundle for part in flight.parts]
-            pairs = zip(self._slots, where, strict=True)
-            self.pools = tuple(bundles[index].pools[spec.identity].tensor for spec, index in pairs)
-            size = cache.page_size
-            offsets = write_offsets(self.batch, self.start, self.length, size)
-            for part in flight.parts:
-                pages = part.plan.write_pages(self.start, self.length, size)
-                self._tables.append(_Tables((part.plan.block_table(), pages, offsets)))
+            self.pools = tuple([pool.tensor for pool in table.pools])
 
     def slot(self, index: int) -> SlotView:
         """The pool and the tables of slot `index`.
@@ -102,7 +98,20 @@ class Lease:
         """
         if not self.stored:
             raise RuntimeError(f"this call runs without the cache: {self.reason}")
-        return SlotView(self.pools[index], *self._tables[self._where[index]].on(self._slots[index].device))
+        group = self._where[index]
+        return SlotView(self.pools[index], *(self._views[group] or self._make_views(group)))
+
+    def _make_views(self, group: int) -> _Views:
+        bundle, device = self._groups[group]
+        plan, size = self._plans[bundle], self._cache.page_size
+        arrays = (
+            plan.block_table(),
+            plan.write_pages(self.start, self.length, size),
+            write_offsets(self.batch, self.start, self.length, size),
+        )
+        block_table, page, offset = (torch.from_numpy(array).to(device) for array in arrays)
+        self._views[group] = views = (block_table, page, offset)
+        return views
 
     def commit(self) -> None:
         """Make the new rows visible and unpin.

@@ -57,15 +57,17 @@ class Pool:
     """The rows of one slot, `tensor` of shape `[pages, *before, page_size, *after]`.
 
     `raw` is the same memory as bytes, `[pages, prod(before), page_size * bytes of after]`: a numpy array on the CPU,
-    where it is several times faster than torch for small copies, and a tensor elsewhere. On the CPU the pool is reserved
-    at its full size at once, and the operating system provides memory when a page is first touched. Elsewhere it grows,
-    so `tensor` and `raw` may be replaced.
+    where it is several times faster than torch for small copies, and a tensor elsewhere. On the CPU the pool is
+    reserved at its full size at once, and the operating system provides memory when a page is first touched. Elsewhere
+    it grows, so `tensor` and `raw` may be replaced.
     """
 
     def __init__(self, spec: SlotSpec, page_size: int, *, reserve: bool | None = None) -> None:
         self.spec = spec
         self.page_size = page_size
         self.reserve = spec.device.type == "cpu" if reserve is None else reserve
+        self.stride = math.prod(spec.after) * spec.dtype.itemsize
+        """Bytes from row to row on the last axis of `raw`."""
         self.pages = 0
         self.tensor: torch.Tensor = torch.empty(0)
         self.raw: Any = None
@@ -122,12 +124,6 @@ class Pool:
             stop = (pages[last - 1] + 1) * self.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if start < stop:
                 self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-def row_slice(spec: SlotSpec, start: int, stop: int) -> slice:
-    """Where rows `start .. stop - 1` of a page are on the last axis of `Pool.raw`."""
-    row = math.prod(spec.after) * spec.dtype.itemsize
-    return slice(start * row, stop * row)
 
 
 def poison_byte(dtype: torch.dtype) -> int:

@@ -10,8 +10,8 @@ from kvpass.cache.prefix import Node
 class Residents:
     """Keeps the budget's idle bytes and the policy's set right.
 
-    The policy's set is the nodes that are in a tree, that no call uses and that have no children. A call pins every node
-    on its path, so below an unpinned node all are unpinned: whatever is idle can be evicted, leaf by leaf.
+    The policy's set is the nodes that are in a tree, that no call uses and that have no children. A call pins every
+    node on its path, so below an unpinned node all are unpinned: whatever is idle can be evicted, leaf by leaf.
     """
 
     def __init__(self, budget: Budget, policy: Policy[Node]) -> None:

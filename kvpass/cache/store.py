@@ -80,6 +80,8 @@ class Cache:
                 self._forget_unused()
                 self._refine(specs)
                 table = self._tables[specs] = SlotTable(self, specs)
+                for known in list(self._tables.values()):
+                    known.arrange(self._home)
             return table
 
     def begin(self, table: SlotTable, keys: Sequence[bytes], width: int, context: bytes, *, limit: int) -> Lease:
@@ -101,14 +103,11 @@ class Cache:
             self._end_lost()
             self._lookups += 1
             self._residents.clock += 1
-            bundles = list(dict.fromkeys(self._home[spec.identity] for spec in table.slots))
             flight = Flight(len(keys), length, self._epoch)
             self._flights.add(flight)
             try:
-                reason = self._lend(flight, bundles, chains, limit)
-                places = {bundle: index for index, bundle in enumerate(bundles)}
-                where = tuple(places[self._home[spec.identity]] for spec in table.slots)
-                return Lease(self, table, flight, reason, where)
+                reason = self._lend(flight, table.bundles, chains, limit)
+                return Lease(self, table, flight, reason)
             except BaseException:
                 self._land(flight, publish=False)
                 raise
@@ -156,7 +155,7 @@ class Cache:
         used, capacity = format_bytes(self._budget.used), format_bytes(self._budget.capacity)
         return f"<kvpass.Cache {used} of {capacity}, {len(self)} rows, policy={self._policy!r}>"
 
-    def _lend(self, flight: Flight, bundles: list[Bundle], chains: list[Chain], limit: int) -> str:
+    def _lend(self, flight: Flight, bundles: Sequence[Bundle], chains: list[Chain], limit: int) -> str:
         """Give a flight its parts, or return the reason why not."""
         residents = self._residents
         found = [{chain: bundle.tree.match(chain) for chain in set(chains)} for bundle in bundles]
@@ -181,6 +180,8 @@ class Cache:
                 part.raws = part.bundle.raws
         except MemoryError as error:
             self._drop_parts(flight)
+            for bundle in bundles:
+                bundle.space.forget(bundle.pages)  # or every later call would ask for this memory again
             return str(error)
         flight.start = min(limit, *(part.plan.held for part in flight.parts))
         flight.stored = True
@@ -189,7 +190,7 @@ class Cache:
     def _plan(self, chains: list[Chain], matches: dict[Chain, Match], *, copy: bool) -> Plan:
         return plan_pages(chains, [matches[chain] for chain in chains], self.page_size, copy=copy)
 
-    def _why_not(self, flight: Flight, bundles: list[Bundle], plans: list[Plan]) -> str:
+    def _why_not(self, flight: Flight, bundles: Sequence[Bundle], plans: list[Plan]) -> str:
         pairs = list(zip(bundles, plans, strict=True))
         needed = sum(plan.distinct * bundle.space.page_bytes for bundle, plan in pairs)
         capacity = self._budget.capacity
@@ -266,7 +267,7 @@ class Cache:
             self._home.update(dict.fromkeys(bundle.slots, bundle))
 
     def _forget_unused(self) -> None:
-        """Drop the pools of bundles that hold nothing and that no living program uses: a changed weight is a new slot."""
+        """Drop bundles that hold nothing and that no living program uses: a changed weight leaves them behind."""
         alive = {spec.identity for table in list(self._tables.values()) for spec in table.slots}
         for bundle in self._bundles():
             if bundle.space.used == 0 and alive.isdisjoint(bundle.slots):

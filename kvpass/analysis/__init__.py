@@ -1,0 +1,1 @@
+"""What can be known of a captured graph without running it: facts, index expressions, the causality proof."""

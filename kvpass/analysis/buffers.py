@@ -1,0 +1,108 @@
+"""Closed forms of tensors whose content is known: masks, triangles, position tables.
+
+A registered triangle is a function of its indices that happens to be stored. The content is compared with the candidate
+once, in full; what matches is replaced by the formula, what does not stays a leaf function, at most with the triangle
+outside which it is constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+
+from kvpass.analysis.expressions import Value, constant
+from kvpass.analysis.facts import Fill, index
+
+_MAX_ENTRIES = 1 << 26
+
+
+def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
+    """The entries of a tensor as an expression over ``index(k)``, one ``k`` per axis of more than one entry.
+
+    Args:
+        tensor: any shape; only one- and two-dimensional ones (beside axes of size one) are looked at.
+        leaf: makes the leaf function of this tensor, used where only part of the content has a formula.
+    """
+    axes = [k for k, size in enumerate(tensor.shape) if size != 1]
+    if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or len(axes) not in (1, 2):
+        return None
+    flat = tensor.detach().cpu().reshape([tensor.shape[k] for k in axes])
+    if len(axes) == 1:
+        return _ramp(flat, index(0))
+    if flat.shape[0] < 2:
+        return None
+    form = _bands(flat) or _chunks(flat) or _triangle(flat, leaf)
+    return form if form is None or tensor.dtype is not torch.bool else _as_bool(form)
+
+
+def _as_bool(form: Value) -> Value:
+    from kvpass.analysis.expressions import boolean
+
+    return boolean(form)
+
+
+def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
+    """``first + step * x`` for integer tables (positions)."""
+    if row.dtype is torch.bool or row.is_floating_point() or len(row) < 2:
+        return None
+    first, step = int(row[0]), int(row[1]) - int(row[0])
+    expected = first + step * torch.arange(len(row), dtype=row.dtype)
+    return sympy.Integer(first) + step * x if torch.equal(row, expected) else None
+
+
+def _value(entry: torch.Tensor) -> Value | None:
+    return constant(float(entry)) if entry.dtype.is_floating_point else constant(int(entry))
+
+
+def _bands(m: torch.Tensor) -> Value | None:
+    """A function of ``j - i`` that takes few values: triangles, bands, windows."""
+    rows, cols = m.shape
+    by_offset = torch.cat([m[:, 0].flip(0), m[0, 1:]])  # offsets -(rows-1) .. cols-1
+    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:5]]
+    if len(starts) > 4:
+        return None
+    i, j = torch.arange(rows).unsqueeze(1), torch.arange(cols)
+    if not torch.equal(m, by_offset[(j - i) + rows - 1]):
+        return None
+    offset = index(1) - index(0)
+    values = [_value(by_offset[k]) for k in starts]
+    if any(v is None for v in values):
+        return None
+    pieces = [(v, _until(offset, starts[k + 1] - rows)) for k, v in enumerate(values[:-1])]
+    return sympy.Piecewise(*pieces, (values[-1], True)) if pieces else values[0]
+
+
+def _until(offset: Value, last: int) -> Value:
+    return sympy.Le(index(1) - index(0), last)
+
+
+def _chunks(m: torch.Tensor) -> Value | None:
+    """Causal within blocks of ``c`` rows: ``j <= i and i // c == j // c``."""
+    rows, cols = m.shape
+    inside, outside = m[0, 0], m[0, -1]
+    if rows != cols or bool(inside == outside):
+        return None
+    other = torch.nonzero(m[:, 0] != inside).flatten()
+    if len(other) == 0:
+        return None
+    c = int(other[0])
+    i, j = torch.arange(rows).unsqueeze(1), torch.arange(cols)
+    if not torch.equal(m == inside, (j <= i) & (i // c == j // c)) or not bool(((m == inside) | (m == outside)).all()):
+        return None
+    x, y = index(0), index(1)
+    kept = sympy.And(sympy.Le(y, x), sympy.Eq(sympy.floor(x / c), sympy.floor(y / c)))
+    return sympy.Piecewise((_value(inside), kept), (_value(outside), True))
+
+
+def _triangle(m: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
+    """Anything on and below the diagonal, one fill above it."""
+    rows, cols = m.shape
+    if rows != cols:
+        return None
+    above = m[torch.triu(torch.ones(rows, cols, dtype=torch.bool), 1)]
+    fill = _value(above[0])
+    if fill is None or not bool((above == above[0]).all()) or (Fill.of(fill) is None and fill != 1):
+        return None
+    return sympy.Piecewise((leaf(), sympy.Le(index(1), index(0))), (fill, True))

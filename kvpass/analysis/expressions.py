@@ -1,0 +1,200 @@
+"""Index expressions: sympy over index variables, and the decisions that the proof needs of them.
+
+sympy alone leaves ``x + 1 + d <= x`` as it stands and cannot compare piecewise values. The functions here normalise:
+booleans used as numbers become `Piecewise`, arithmetic is mapped over the branches, a comparison of piecewise values
+becomes a disjunction over its branches, and a relational is decided from the sign of ``lhs - rhs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import sympy
+from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
+from sympy.functions.elementary.piecewise import Piecewise
+
+Value = sympy.Basic
+_LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
+
+_RELATIONS: dict[str, Callable[[Value, Value], Boolean]] = {
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+    "lt": sympy.Lt,
+    "le": sympy.Le,
+    "gt": sympy.Gt,
+    "ge": sympy.Ge,
+}
+
+
+def is_boolean(value: Value) -> bool:
+    """True of truth values. A `Symbol` is a `Boolean` to sympy; here it is always a number."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Expr)
+
+
+def constant(value: object) -> Value | None:
+    """A Python number as sympy; integral floats become integers so that comparisons fold."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if isinstance(value, float):
+        if value != value:
+            return None
+        if value in (float("inf"), float("-inf")):
+            return sympy.oo if value > 0 else -sympy.oo
+        return sympy.Integer(int(value)) if value.is_integer() else sympy.Float(value)
+    return value if isinstance(value, sympy.Basic) else None
+
+
+def branches(value: Value) -> list[tuple[Value, Boolean]]:
+    """``(value, condition)`` pairs with disjoint conditions that cover everything."""
+    value = number(value)
+    if not isinstance(value, Piecewise):
+        return [(value, sympy.true)]
+    out: list[tuple[Value, Boolean]] = []
+    before: Boolean = sympy.true
+    for val, cond in value.args:
+        out.append((val, simplify(sympy.And(before, cond))))
+        before = sympy.And(before, sympy.Not(cond))
+    return [(val, cond) for val, cond in out if cond != sympy.false]
+
+
+def number(value: Value) -> Value:
+    """A boolean as 0 or 1; anything else unchanged."""
+    if isinstance(value, BooleanTrue):
+        return sympy.Integer(1)
+    if isinstance(value, BooleanFalse):
+        return sympy.Integer(0)
+    if is_boolean(value):
+        return Piecewise((sympy.Integer(1), value), (sympy.Integer(0), True))
+    return value
+
+
+def boolean(value: Value) -> Boolean:
+    """A number as a truth value, ``value != 0``."""
+    return value if is_boolean(value) else compare("ne", value, sympy.Integer(0))
+
+
+def join(parts: Iterable[tuple[Value, Boolean]]) -> Value | None:
+    """The piecewise value with these disjoint branches; equal values are merged."""
+    merged: dict[Value, Boolean] = {}
+    for val, cond in parts:
+        if val is sympy.nan:
+            return None
+        merged[val] = sympy.Or(merged.get(val, sympy.false), cond)
+    if len(merged) == 1:
+        return next(iter(merged))
+    pairs = list(merged.items())
+    out = Piecewise(*pairs[:-1], (pairs[-1][0], True))
+    return None if sympy.count_ops(out) > _LIMIT else out
+
+
+def apply(function: Callable[..., Value], *values: Value) -> Value | None:
+    """``function`` mapped over every combination of branches."""
+    parts: list[tuple[list[Value], Boolean]] = [([], sympy.true)]
+    for value in values:
+        parts = [(done + [val], sympy.And(cond, c)) for done, cond in parts for val, c in branches(value)]
+        if len(parts) > 16:
+            return None
+    parts = [(args, cond) for args, cond in parts if cond != sympy.false]
+    return join((function(*args), cond) for args, cond in parts)
+
+
+def compare(op: str, a: Value, b: Value) -> Boolean:
+    """``a op b`` (`eq ne lt le gt ge`) with piecewise operands resolved and decided where signs allow."""
+    if op in ("eq", "ne") and is_boolean(a) and is_boolean(b):
+        same = sympy.Or(sympy.And(a, b), sympy.And(sympy.Not(a), sympy.Not(b)))
+        return simplify(same if op == "eq" else sympy.Not(same))
+    terms = []
+    for x, cx in branches(a):
+        for y, cy in branches(b):
+            cond = sympy.And(cx, cy)
+            if cond != sympy.false:
+                terms.append(sympy.And(cond, decide(_RELATIONS[op](x, y))))
+    return simplify(sympy.Or(*terms))
+
+
+def decide(rel: Boolean) -> Boolean:
+    """A relational whose ``lhs - rhs`` has a known sign as true or false; otherwise in normal form."""
+    if not isinstance(rel, sympy.core.relational.Relational):
+        return rel
+    if rel.lhs.is_infinite or rel.rhs.is_infinite:
+        return rel
+    diff = sympy.expand(rel.lhs - rel.rhs)
+    answer = {
+        sympy.Eq: diff.is_zero,
+        sympy.Ne: None if diff.is_zero is None else not diff.is_zero,
+        sympy.Lt: diff.is_negative,
+        sympy.StrictLessThan: diff.is_negative,
+        sympy.LessThan: diff.is_nonpositive,
+        sympy.StrictGreaterThan: diff.is_positive,
+        sympy.GreaterThan: diff.is_nonnegative,
+    }.get(type(rel))
+    if answer is not None:
+        return sympy.true if answer else sympy.false
+    if type(rel) in (sympy.Eq, sympy.Ne) and (diff.is_positive or diff.is_negative):
+        return sympy.false if type(rel) is sympy.Eq else sympy.true
+    return _normal(type(rel), diff) if diff.is_integer else rel
+
+
+def _normal(kind: type, diff: sympy.Expr) -> Boolean:
+    """Integer relationals as ``expr <= constant`` or ``expr == constant``, so that equal ones look equal."""
+    if kind is sympy.StrictLessThan:
+        return _normal(sympy.LessThan, diff + 1)
+    if kind is sympy.StrictGreaterThan:
+        return _normal(sympy.LessThan, -diff + 1)
+    if kind is sympy.GreaterThan:
+        return _normal(sympy.LessThan, -diff)
+    const, rest = diff.as_coeff_Add()
+    if kind is not sympy.LessThan and rest.could_extract_minus_sign():
+        const, rest = -const, -rest
+    return kind(rest, -const)
+
+
+def simplify(value: Boolean) -> Boolean:
+    """Decide each relational of a boolean and fold the result."""
+    if isinstance(value, (sympy.And, sympy.Or)):
+        args = [simplify(arg) for arg in value.args]
+        return type(value)(*args)
+    if isinstance(value, sympy.Not):
+        return sympy.Not(simplify(value.args[0]))
+    return decide(value)
+
+
+def substitute(value: Value, mapping: dict[sympy.Basic, sympy.Basic]) -> Value:
+    """Simultaneous substitution, simplified where the value is boolean."""
+    if not mapping or not (value.free_symbols & mapping.keys()):
+        return value
+    out = value.xreplace(mapping)
+    return simplify(out) if is_boolean(out) else out
+
+
+def contradicts(value: Boolean) -> bool:
+    """True where ``value`` is proved to hold nowhere. False means only that no proof was found."""
+    value = simplify(value)
+    if value == sympy.false:
+        return True
+    if isinstance(value, sympy.Or):
+        return all(contradicts(arg) for arg in value.args)
+    if isinstance(value, sympy.And):
+        for k, arg in enumerate(value.args):
+            if isinstance(arg, sympy.Or):
+                rest = value.args[:k] + value.args[k + 1 :]
+                return all(contradicts(sympy.And(*rest, option)) for option in arg.args)
+        return _clash(list(value.args))
+    return False
+
+
+def _clash(terms: list[Boolean]) -> bool:
+    """Two integer bounds ``e <= a`` and ``-e <= b`` with ``a + b < 0`` exclude each other."""
+    bounds = [(t.lhs - t.rhs) for t in terms if isinstance(t, sympy.LessThan)]
+    for k, a in enumerate(bounds):
+        for b in bounds[k + 1 :]:
+            if sympy.expand(a + b).is_positive:
+                return True
+    return False
+
+
+def implies(premise: Boolean, conclusion: Boolean) -> bool:
+    """True where ``premise -> conclusion`` is proved."""
+    return contradicts(sympy.And(premise, sympy.Not(conclusion)))

@@ -1,0 +1,120 @@
+"""Merkle identity of values: a hash of the sub-graph that computes a row, down to the weights.
+
+Two compilations, or two models, that compute the same rows from the same inputs with the same weights get the same
+identity and share what is stored. The size of the batch and the names of symbols do not enter: a row is proved to be a
+function of its own sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from kvpass.analysis.facts import Atom, Fact, Kind
+from kvpass.analysis.sweep import Analyzed, sym
+from kvpass.ir import Input, Role
+
+aten = torch.ops.aten
+
+# Their size arguments repeat what the fact of the result says.
+_SIZED = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.zeros.default,
+    aten.ones.default,
+}
+
+
+def identities(analyzed: Analyzed, weights: Mapping[str, bytes]) -> dict[fx.Node, bytes]:
+    """The 256-bit identity of every value.
+
+    Args:
+        weights: by placeholder name, the content digest of each constant.
+    """
+    hasher = _Hasher(analyzed, weights)
+    for node in analyzed.steps:
+        hasher.visit(node)
+    return hasher.found
+
+
+class _Hasher:
+    def __init__(self, analyzed: Analyzed, weights: Mapping[str, bytes]) -> None:
+        self.analyzed, self.weights = analyzed, weights
+        captured = analyzed.captured
+        self.rename = {captured.seq: sympy.Symbol("s"), captured.batch: sympy.Symbol("B")}
+        if not captured.batch.free_symbols:
+            del self.rename[captured.batch]
+        self.inputs = {i.name: i for i in captured.inputs}
+        self.ordinal = {i.name: k for k, i in enumerate(captured.of(Role.SEQUENCE))}
+        self.ordinal |= {i.name: k for k, i in enumerate(captured.of(Role.CONTEXT))}
+        self.found: dict[fx.Node, bytes] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        fact = self.analyzed.fact(node)
+        expr = fact.expr
+        if node.op == "placeholder":
+            parts = self.input(self.inputs[node.name])
+        elif node.op == "get_attr":
+            parts = ["constant", _content(_attribute(self.analyzed.captured.module, str(node.target)))]
+        elif expr is not None and not expr.atoms(AppliedUndef):
+            parts = ["index", sympy.srepr(expr.xreplace(self.rename))]
+        else:
+            skip = node.target in _SIZED
+            parts = [str(node.target), self.argument(node.args, skip), self.argument(node.kwargs, skip)]
+        signature = "|".join(_axis(dim, self.rename) for dim in fact.dims)
+        text = repr((*parts, signature, str(fact.dtype)))
+        self.found[node] = hashlib.sha256(text.encode()).digest()
+
+    def input(self, given: Input) -> list[Any]:
+        if given.role is Role.CONSTANT:
+            return ["weight", self.weights[given.name]]
+        if given.role is Role.FORM:
+            return ["index", sympy.srepr(given.form)]
+        return [given.role.value, self.ordinal[given.name]]
+
+    def argument(self, value: Any, skip_numbers: bool) -> Any:
+        if isinstance(value, fx.Node):
+            if value in self.found:
+                return self.found[value]
+            return None if skip_numbers else str(sym(value.meta["val"]).xreplace(self.rename))
+        if isinstance(value, (list, tuple)):
+            return [self.argument(v, skip_numbers) for v in value]
+        if isinstance(value, dict):
+            return [(k, self.argument(v, skip_numbers)) for k, v in sorted(value.items())]
+        return None if skip_numbers and isinstance(value, int) else repr(value)
+
+
+def _axis(dim: tuple[Atom, ...], rename: dict[Any, Any]) -> str:
+    kept = [a for a in dim if a.kind is not Kind.BATCH and a.size != 1]
+    return ".".join(f"{a.kind.value}:{a.size.xreplace(rename)}:{a.start.xreplace(rename)}" for a in kept)
+
+
+def _attribute(module: Any, path: str) -> torch.Tensor:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module  # type: ignore[no-any-return]
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    return digest_of(tensor)
+
+
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and contents."""
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
+    data = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+    return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
+
+
+__all__ = ["Fact", "Kind", "digest_of", "identities"]

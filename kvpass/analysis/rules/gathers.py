@@ -1,0 +1,150 @@
+"""Look-ups by index tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from kvpass import errors
+from kvpass.analysis.expressions import Value, substitute
+from kvpass.analysis.facts import Kind
+from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
+from kvpass.analysis.table import Op, Out, expression, name_of, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.embedding.default)
+def embedding(op: Op) -> Out:
+    table, ids = op.operands[:2]
+    parts = op.gather()
+    _plain_table(op, parts, table, 0)
+    return Out([*ids.dims, list(table.dims[1])], parts, ids.ghosts)
+
+
+@rule(aten.index_select.default)
+def index_select(op: Op) -> Out:
+    x, ids = op.operands[:2]
+    axis = op.args[1] % len(x.dims)
+    parts = op.gather()
+    _plain_table(op, parts, x, axis)
+    return Out([*x.dims[:axis], *ids.dims, *x.dims[axis + 1 :]], parts, x.ghosts + ids.ghosts)
+
+
+def _plain_table(op: Op, parts: Parts, x: Operand, axis: int) -> None:
+    """An axis that is indexed by data must not be the sequence or the batch."""
+    for label in x.dims[axis]:
+        _lose(op, parts, label)
+        x.everything.add(label)
+
+
+def _lose(op: Op, parts: Parts, label: Label) -> None:
+    """An unknown entry along ``label`` is read."""
+    atom = op.scope.atoms[label]
+    if atom.kind is Kind.SEQ:
+        why = f"{name_of(op.node)} reads the sequence at a row that is not known"
+        parts.deps -= {d for d in parts.deps if op.scope.representative(d) == label}
+        parts.whole = parts.whole or op.cause(why)
+        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
+    if atom.kind is Kind.BATCH and atom.size != 1:
+        parts.batch = parts.batch or op.cause(f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch)
+
+
+@rule(aten.gather.default)
+def gather(op: Op) -> Out:
+    x, ids = op.operands[:2]
+    axis = op.args[1] % max(len(x.dims), 1)
+    parts = op.gather()
+    _plain_table(op, parts, x, axis)
+    dims: Dims = []
+    for k, mine in enumerate(ids.dims):
+        if k == axis or op.scope.size(mine) == 1 or op.scope.size(mine) != op.scope.size(x.dims[k]):
+            if k != axis:
+                for label in x.dims[k]:
+                    _lose(op, parts, label)
+            dims.append(list(mine))
+        else:
+            dims.append(op.scope.pair(list(mine), x.dims[k], [ids], x))
+    return Out(dims, parts, op.scope.merge_ghosts(x.ghosts + ids.ghosts))
+
+
+@rule(aten.index.Tensor)
+def index(op: Op) -> Out:
+    """``x[i0, i1, ..]``. An index in closed form that walks along an axis of ``x`` keeps that axis' meaning."""
+    x = op.operands[0]
+    places: list[tuple[int, Operand]] = [(d, i) for d, i in enumerate(op.args[1]) if i is not None]
+    if any(i.fact.dtype is torch.bool for _, i in places):
+        raise errors.UnknownOp(detail="aten.index.Tensor with a boolean mask (a shape that depends on data)")
+    scope, parts = op.scope, op.gather()
+    indices = [i for _, i in places]
+    picked, ghosts = scope.broadcast(indices)
+    reading: dict[sympy.Basic, Value] = {}
+    for axis, ids in places:
+        _read_axis(op, parts, x, axis, ids, reading)
+    axes = [d for d, _ in places]
+    dims = list(x.dims)
+    adjacent = axes == list(range(axes[0], axes[-1] + 1))
+    rest = [d for k, d in enumerate(dims) if k not in axes]
+    result = [*rest[: axes[0]], *picked, *rest[axes[0] :]] if adjacent else [*picked, *rest]
+    value = expression(x, scope)
+    if value is not None and value.free_symbols <= set(reading) | {symbol(y) for d in rest for y in d}:
+        parts.expr = substitute(value, reading)  # type: ignore[arg-type]
+    return Out(result, parts, scope.merge_ghosts(ghosts + x.ghosts))
+
+
+def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, reading: dict[sympy.Basic, Value]) -> None:
+    """Say what reading ``x`` along one axis at ``ids`` depends on."""
+    scope = op.scope
+    value = expression(ids, scope)
+    labels = [label for label in x.dims[axis]]
+    x.everything |= set(labels)
+    if scope.size(labels) == 1:
+        reading.update({symbol(label): sympy.Integer(0) for label in labels})
+        return
+    if value is None or len(labels) != 1:
+        for label in labels:
+            _lose(op, parts, label)
+        return
+    (label,) = labels
+    value = scope.resolve(value)
+    reading[symbol(label)] = value
+    atom = scope.atoms[label]
+    if atom.kind is Kind.BATCH:
+        _read_batch(op, parts, label, value)
+    elif atom.kind is Kind.SEQ:
+        _read_rows(op, parts, label, value, ids)
+
+
+def _read_batch(op: Op, parts: Parts, label: Label, value: Value) -> None:
+    """``x[arange(B)]`` is the batch axis again."""
+    for other, atom in list(op.scope.atoms.items()):
+        if value == symbol(other) and atom.size == op.scope.atoms[label].size:
+            op.scope.atoms[other] = op.scope.atoms[label]
+            return
+    _lose(op, parts, label)
+
+
+def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand) -> None:
+    """Row ``start + value`` is read: find the result's row that is no earlier."""
+    scope = op.scope
+    row = scope.atoms[label].start + value
+    used = {d for d in parts.deps if scope.representative(d) == label}
+    for other in ids.labels:
+        other = scope.representative(other)
+        atom = scope.atoms[other]
+        if atom.kind is Kind.SEQ and sympy.expand(atom.start + symbol(other) - row).is_nonnegative:
+            parts.deps -= used
+            parts.deps |= {other} if used else set()
+            return
+    if row.is_number and row == 0:
+        parts.deps -= used
+        return
+    _lose(op, parts, label)
+
+
+@rule(aten.one_hot.default)
+def one_hot(op: Op) -> Any:
+    x = op.operands[0]
+    return Out([*x.dims, op.scope.fresh(op.shape[-1])], op.gather(), x.ghosts)

@@ -1,0 +1,399 @@
+"""Ops that only rename, reorder, cut or repeat entries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+
+from kvpass import errors
+from kvpass.analysis.expressions import Value, apply, compare, join, number, simplify
+from kvpass.analysis.facts import ZERO, Atom, Expr, Fill, Kind
+from kvpass.analysis.scope import Dims, Label, Operand, Parts, quotient, symbol
+from kvpass.analysis.table import Op, Out, expression, rule
+
+aten = torch.ops.aten
+
+
+def _same(op: Op, dims: Dims, ghosts: list[Label] | None = None) -> Out:
+    """The operand's entries, under other axes."""
+    x, parts = op.operands[0], op.gather(numbers=False)
+    parts.expr = expression(x, op.scope)
+    known = op.known(x)
+    if known is not None:
+        parts.support, parts.fill = known
+    return Out(dims, parts, x.ghosts if ghosts is None else ghosts)
+
+
+@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
+def view(op: Op) -> Out:
+    x = op.operands[0]
+    dims, ghosts = regroup(op, [label for dim in x.dims for label in dim], op.shape)
+    return _same(op, dims, x.ghosts + ghosts)
+
+
+def regroup(op: Op, labels: list[Label], shape: tuple[Expr, ...]) -> tuple[Dims, list[Label]]:
+    """Row-major atoms dealt out to axes of the given sizes; FREE atoms are split as needed."""
+    scope, todo, dims = op.scope, list(labels), []
+    for size in shape:
+        dim: list[Label] = []
+        left: Expr = size
+        while left != 1 or (not dim and todo and scope.atoms[todo[0]].size == 1 and size == 1):
+            if not todo:
+                raise errors.UnsupportedShape(detail=f"the view to {shape} splits the sequence or the batch axis")
+            label = todo.pop(0)
+            rest = quotient(left, scope.atoms[label].size)
+            if rest is None:
+                label, rest = _split_for(op, label, left, todo)
+            dim.append(label)
+            left = rest
+        dims.append(dim)
+    return dims, [label for label in todo if scope.atoms[label].kind is Kind.SEQ]
+
+
+def _split_for(op: Op, label: Label, left: Expr, todo: list[Label]) -> tuple[Label, Expr]:
+    inner = quotient(op.scope.atoms[label].size, left)
+    if inner is None or op.scope.atoms[label].kind is not Kind.FREE:
+        raise errors.UnsupportedShape(detail=f"a view splits the axis of {op.scope.atoms[label]} entries")
+    outer, tail = op.scope.split(label, inner)
+    todo.insert(0, tail)
+    return outer, sympy.Integer(1)
+
+
+@rule(aten.transpose.int)
+def transpose(op: Op) -> Out:
+    dims = list(op.operands[0].dims)
+    a, b = op.args[1], op.args[2]
+    dims[a], dims[b] = dims[b], dims[a]
+    return _same(op, dims)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def t(op: Op) -> Out:
+    dims = list(op.operands[0].dims)
+    return _same(op, [*dims[:-2], *reversed(dims[-2:])])
+
+
+@rule(aten.permute.default)
+def permute(op: Op) -> Out:
+    return _same(op, [op.operands[0].dims[d] for d in op.args[1]])
+
+
+@rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(op: Op) -> Out:
+    x = op.operands[0]
+    rank = len(x.dims)
+    as_list = lambda v: [d % rank for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
+    source, target = as_list(op.args[1]), as_list(op.args[2])
+    order = [d for d in range(rank) if d not in source]
+    for there, here in sorted(zip(target, source, strict=True)):
+        order.insert(there, here)
+    return _same(op, [x.dims[d] for d in order])
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(op: Op) -> Out:
+    dims: Dims = list(op.operands[0].dims)
+    axis = op.args[1] % (len(dims) + 1)
+    return _same(op, [*dims[:axis], [], *dims[axis:]])
+
+
+@rule(aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
+def squeeze(op: Op) -> Out:
+    x, scope = op.operands[0], op.scope
+    rank = len(x.dims)
+    wanted = op.arg(1, "dim", list(range(rank)))
+    axes = {d % rank for d in (wanted if isinstance(wanted, (list, tuple)) else [wanted])}
+    gone = [d for d in axes if scope.size(x.dims[d]) == 1]
+    ghosts = [label for d in gone for label in x.dims[d] if scope.atoms[label].kind is Kind.SEQ]
+    for d in gone:
+        _at_zero(op, [label for label in x.dims[d] if label not in ghosts])
+    return _same(op, [dim for d, dim in enumerate(x.dims) if d not in gone], x.ghosts + ghosts)
+
+
+def _at_zero(op: Op, labels: list[Label]) -> None:
+    for label in labels:
+        op.scope.subst.setdefault(symbol(label), ZERO)
+
+
+@rule(aten.expand.default, aten.broadcast_to.default)
+def expand(op: Op) -> Out:
+    x, scope, shape = op.operands[0], op.scope, op.shape
+    lead = len(shape) - len(x.dims)
+    dims: Dims = [scope.fresh(size, bcast=True) for size in shape[:lead]]
+    ghosts = list(x.ghosts)
+    for dim, size in zip(x.dims, shape[lead:], strict=True):
+        if scope.size(dim) == size:
+            dims.append(list(dim))
+            continue
+        ghosts += [label for label in dim if scope.atoms[label].kind is Kind.SEQ]
+        _at_zero(op, [label for label in dim if scope.atoms[label].kind is not Kind.SEQ])
+        dims.append(scope.fresh(size, bcast=True))
+    return _same(op, dims, ghosts)
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(op: Op) -> Out:
+    x, scope = op.operands[0], op.scope
+    axis = op.arg(2, "dim") % len(x.dims)
+    dims: Dims = [list(dim) for dim in x.dims]
+    _only_free(op, dims[axis], "repeat_interleave")
+    dims[axis] = dims[axis] + scope.fresh(sympy.Integer(op.args[1]), bcast=True)
+    return _same(op, dims)
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def repeat(op: Op) -> Out:
+    x, scope, times = op.operands[0], op.scope, list(op.args[1])
+    dims: Dims = [[] for _ in range(len(times) - len(x.dims))] + [list(dim) for dim in x.dims]
+    for axis, count in enumerate(times):
+        if count == 1:
+            continue
+        if scope.size(dims[axis]) != 1:
+            _only_free(op, dims[axis], "repeat")
+        _at_zero(op, [label for label in dims[axis] if scope.atoms[label].size == 1])
+        kept = [label for label in dims[axis] if scope.atoms[label].size != 1]
+        dims[axis] = scope.fresh(sympy.sympify(count), bcast=True) + kept
+    return _same(op, dims)
+
+
+def _only_free(op: Op, labels: list[Label], what: str) -> None:
+    if any(op.scope.atoms[label].kind is not Kind.FREE for label in labels):
+        raise errors.UnsupportedShape(detail=f"{what} repeats the sequence or the batch axis")
+
+
+def _coarse(op: Op, labels: list[Label]) -> list[Label]:
+    """One label for an axis: several FREE atoms become one of their product, and lose their closed form."""
+    if len(labels) <= 1:
+        return labels
+    _only_free(op, labels, "a slice")
+    return [op.scope.new(Atom(Kind.FREE, op.scope.size(labels)))]
+
+
+@rule(aten.slice.Tensor)
+def slice_(op: Op) -> Out:
+    x, scope = op.operands[0], op.scope
+    axis = op.arg(1, "dim", 0) % len(x.dims)
+    before, after = scope.size(x.dims[axis]), op.shape[axis]
+    if before == after:
+        return _same(op, x.dims)
+    start, step = _start(op, before, after), op.arg(4, "step", 1)
+    coarse = _coarse(op, x.dims[axis])
+    out = _same(op, x.dims)
+    if coarse != x.dims[axis]:
+        out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+        out.dims = [*x.dims[:axis], scope.fresh(after), *x.dims[axis + 1 :]]
+        return out
+    (label,) = coarse
+    new = _sliced(op, x, label, start, after, step)
+    out.dims = [*x.dims[:axis], [new] if after != 1 or scope.atoms[new].kind is Kind.SEQ else [], *x.dims[axis + 1 :]]
+    return out
+
+
+def _start(op: Op, before: Expr, after: Expr) -> Expr:
+    start = op.arg(2, "start") or 0
+    start = sympy.sympify(start)
+    if start.is_negative or (start.is_nonnegative is None and not start.has(op.scope.axes.seq)):
+        return before - after if op.arg(3, "end") in (None, 9223372036854775807) else before + start
+    return start
+
+
+def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any) -> Label:
+    """The label of entries ``start, start + step, ..``; links and closed forms follow."""
+    scope, atom = op.scope, op.scope.atoms[label]
+    if atom.kind is Kind.BATCH:
+        op.scope.batch = scope.batch or op.cause("the batch is sliced", errors.MixesBatch)
+    if atom.kind is Kind.SEQ and step != 1:
+        raise errors.UnsupportedShape(detail="the sequence is sliced with a step")
+    kind = atom.kind if atom.kind is not Kind.FREE else scope.axes.kind(size)
+    new = scope.new(replace(atom, kind=kind, size=size, start=atom.start + start if atom.kind is Kind.SEQ else ZERO))
+    if kind is Kind.SEQ and atom.kind is Kind.FREE:
+        scope.full.add(new)
+    scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
+    if atom.kind is Kind.SEQ:
+        scope.same[label] = new
+        if not _is_tail(op, scope.atoms[new], x.fact) and not (start == 0 and atom.start == 0 and size.has(scope.axes.seq)):
+            x.everything.add(label)
+            scope.full.add(new)
+    return new
+
+
+def _is_tail(op: Op, atom: Atom, fact: Any) -> bool:
+    """The last ``k`` rows, for a constant ``k``: always among the new ones."""
+    return bool(atom.size.is_number and atom.start + atom.size == op.scope.axes.seq)
+
+
+@rule(aten.select.int)
+def select(op: Op) -> Out:
+    x, scope = op.operands[0], op.scope
+    axis = op.args[1] % len(x.dims)
+    labels, place = x.dims[axis], sympy.sympify(op.args[2])
+    dims = [dim for d, dim in enumerate(x.dims) if d != axis]
+    size = scope.size(labels)
+    if place.is_negative:
+        place = size + place
+    if size == 1:
+        rows = [label for label in labels if scope.atoms[label].kind is Kind.SEQ]
+        _at_zero(op, [label for label in labels if label not in rows])
+        return _same(op, dims, x.ghosts + rows)
+    coarse = _coarse(op, labels)
+    out = _same(op, dims)
+    if coarse != labels:
+        out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+        return out
+    (label,) = coarse
+    if scope.atoms[label].kind is Kind.SEQ:
+        out.ghosts = [*x.ghosts, _sliced(op, x, label, place, sympy.Integer(1), 1)]
+        return out
+    if scope.atoms[label].kind is Kind.BATCH:
+        scope.batch = scope.batch or op.cause("one sequence of the batch is selected", errors.MixesBatch)
+    scope.subst[symbol(label)] = place
+    return out
+
+
+@rule(aten.cat.default, aten.concat.default)
+def cat(op: Op) -> Out:
+    pieces = [x for x in op.operands if not (len(x.dims) == 1 and x.fact.shape() == (0,))]
+    axis = op.arg(1, "dim", 0) % len(pieces[0].dims)
+    return join_along(op, pieces, axis, [op.scope.size(x.dims[axis]) for x in pieces])
+
+
+@rule(aten.stack.default)
+def stack(op: Op) -> Out:
+    axis = op.arg(1, "dim", 0) % (len(op.operands[0].dims) + 1)
+    for x in op.operands:
+        x.dims.insert(axis, [])
+    return join_along(op, op.operands, axis, [sympy.Integer(1)] * len(op.operands))
+
+
+def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> Out:
+    scope, parts = op.scope, op.gather()
+    ghosts = scope.merge_ghosts([label for x in pieces for label in x.ghosts])
+    dims: Dims = []
+    for k in range(len(pieces[0].dims)):
+        dims.append([] if k == axis else scope._broadcast_axis([(x, x.dims[k]) for x in pieces], ghosts))
+    total = sympy.Add(*sizes)
+    (new,) = scope.fresh(total) or [scope.new(Atom(Kind.FREE, total))]
+    rows = scope.atoms[new].kind is Kind.SEQ
+    offsets = [sympy.Add(*sizes[:k]) for k in range(len(sizes))]
+    if rows:
+        _shift_rows(op, parts, pieces, axis, offsets, new)
+    parts.expr = _piecewise(op, pieces, axis, offsets, symbol(new))
+    dims[axis] = [new]
+    return Out(dims, parts, ghosts)
+
+
+def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets: list[Expr], new: Label) -> None:
+    """Entry ``k`` of the result is entry ``k - offset`` of a piece: the result's first row must bound them all."""
+    scope, first = op.scope, ZERO
+    scope.full.add(new)
+    for x, offset in zip(pieces, offsets, strict=True):
+        x.everything |= {label for label in x.dims[axis]}
+        for label in x.dims[axis]:
+            if scope.atoms[label].kind is not Kind.SEQ:
+                continue
+            first = sympy.Max(first, scope.atoms[label].start - offset)
+            moved = {d for d in parts.deps if scope.representative(d) == label}
+            if moved:
+                parts.deps = (parts.deps - moved) | {new}
+    scope.atoms[new] = replace(scope.atoms[new], start=first)
+
+
+def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], place: sympy.Symbol) -> Value | None:
+    """The closed form of a concatenation, where every piece has one."""
+    branches = []
+    for k, (x, offset) in enumerate(zip(pieces, offsets, strict=True)):
+        value = expression(x, op.scope)
+        if value is None or len(x.dims[axis]) > 1:
+            return None
+        here = {symbol(label): place - offset for label in x.dims[axis]}
+        value = number(value).xreplace(here)
+        last = compare("lt", place, offsets[k + 1]) if k + 1 < len(offsets) else sympy.true
+        branches.append((value, simplify(sympy.And(compare("ge", place, offset), last))))
+    return join(branches) if len(branches) <= 8 else None
+
+
+@rule(aten.diff.default)
+def diff(op: Op) -> Out:
+    """``x[k] - x[k-1]``, with the entry before the first one taken from ``prepend``."""
+    x, scope = op.operands[0], op.scope
+    axis = op.arg(2, "dim", -1) % len(x.dims)
+    prepend = op.arg(3, "prepend")
+    if op.arg(1, "n", 1) != 1 or prepend is None or op.arg(4, "append") is not None or len(x.dims[axis]) != 1:
+        raise errors.UnknownOp(detail="aten.diff without a prepended entry")
+    (label,) = x.dims[axis]
+    parts = op.gather()
+    for operand in op.operands:
+        operand.everything |= set(operand.dims[axis])
+    parts.deps = {d for d in parts.deps if scope.representative(d) != label} | (
+        {label} if scope.deps(x) or scope.deps(prepend) else set()
+    )
+    scope.full.add(label)
+    dims = [dim if k == axis else scope._broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], []) for k, dim in enumerate(x.dims)]
+    value, before = expression(x, scope), expression(prepend, scope)
+    if value is not None and before is not None:
+        k = symbol(label)
+        zero = {k: ZERO} | {symbol(y): ZERO for y in prepend.dims[axis]}
+        first = apply(lambda a, b: a - b, value.xreplace({k: ZERO}), before.xreplace(zero))
+        later = apply(lambda a, b: sympy.expand(a - b), value, value.xreplace({k: k - 1}))
+        if first is not None and later is not None:
+            parts.expr = join([(sympy.expand(first), sympy.Eq(k, 0)), (sympy.expand(later), sympy.Ne(k, 0))])
+    return Out(dims, parts, x.ghosts)
+
+
+@rule(aten.tril.default)
+def tril(op: Op) -> Out:
+    return _triangle(op, lambda i, j, diagonal: compare("le", j, i + diagonal))
+
+
+@rule(aten.triu.default)
+def triu(op: Op) -> Out:
+    return _triangle(op, lambda i, j, diagonal: compare("ge", j, i + diagonal))
+
+
+def _triangle(op: Op, keep: Any) -> Out:
+    x, scope = op.operands[0], op.scope
+    i, j = (symbol(dim[0]) if len(dim) == 1 else ZERO for dim in x.dims[-2:])
+    if any(len(dim) > 1 for dim in x.dims[-2:]):
+        raise errors.UnsupportedShape(detail="a triangle is cut from a merged axis")
+    kept = keep(i, j, sympy.sympify(op.arg(1, "diagonal", 0)))
+    out = _same(op, x.dims)
+    value = expression(x, scope)
+    if value is not None:
+        if op.dtypes[0] is torch.bool:
+            out.parts.expr = simplify(sympy.And(value, kept))
+        else:
+            out.parts.expr = apply(lambda a, c: a if c == 1 else ZERO, value, number(kept))
+    old = (out.parts.support, out.parts.fill)
+    out.parts.support, out.parts.fill = (sympy.And(kept, old[0]) if old[1] is Fill.ZERO else kept), Fill.ZERO
+    return out
+
+
+@rule(aten.view_as_complex.default)
+def view_as_complex(op: Op) -> Out:
+    out = _same(op, op.operands[0].dims[:-1])
+    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    return out
+
+
+@rule(aten.view_as_real.default)
+def view_as_real(op: Op) -> Out:
+    out = _same(op, [*op.operands[0].dims, op.scope.fresh(sympy.Integer(2))])
+    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    return out
+
+
+@rule(aten.constant_pad_nd.default, aten.pad.default)
+def pad(op: Op) -> Out:
+    """Padding of FREE axes; rows are not padded."""
+    x, scope = op.operands[0], op.scope
+    dims: Dims = [list(dim) for dim in x.dims]
+    for k, size in enumerate(op.shape):
+        if size != scope.size(dims[k]):
+            _only_free(op, dims[k], "padding")
+            dims[k] = scope.fresh(size)
+    out = _same(op, dims)
+    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    return out

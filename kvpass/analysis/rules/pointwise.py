@@ -1,0 +1,267 @@
+"""Pointwise ops: entry by entry, broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+
+from kvpass.analysis.expressions import Value, apply, boolean, compare, number, simplify
+from kvpass.analysis.facts import Fill
+from kvpass.analysis.scope import Operand, Parts
+from kvpass.analysis.table import Op, Out, expression, rule
+
+aten = torch.ops.aten
+
+
+def _op(*names: str) -> list[Any]:
+    """All overloads of these ops that return a new tensor."""
+    out = []
+    for name in names:
+        packet = getattr(aten, name, None)
+        if packet is not None:
+            out += [getattr(packet, o) for o in packet.overloads() if "out" not in o and "Dimname" not in o]
+    return out
+
+
+# Where the closed form of the result is computed from the closed forms of the operands.
+_ARITHMETIC: dict[str, Callable[..., Value]] = {
+    "neg": lambda a: -a,
+    "abs": lambda a: sympy.Abs(a),
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "rsub": lambda a, b: b - a,
+    "mul": lambda a, b: a * b,
+    "multiply": lambda a, b: a * b,
+    "floor_divide": lambda a, b: sympy.floor(a / b),
+    "remainder": lambda a, b: a - b * sympy.floor(a / b),
+    "minimum": lambda a, b: sympy.Min(a, b),
+    "maximum": lambda a, b: sympy.Max(a, b),
+    "square": lambda a: a * a,
+}
+_RELATIONAL = ("eq", "ne", "lt", "le", "gt", "ge")
+_LOGICAL: dict[str, Callable[..., Boolean]] = {
+    "__and__": sympy.And,
+    "bitwise_and": sympy.And,
+    "logical_and": sympy.And,
+    "__or__": sympy.Or,
+    "bitwise_or": sympy.Or,
+    "logical_or": sympy.Or,
+    "bitwise_xor": sympy.Xor,
+    "__xor__": sympy.Xor,
+    "logical_xor": sympy.Xor,
+    "bitwise_not": sympy.Not,
+    "logical_not": sympy.Not,
+}
+_KEEP_ZERO = {
+    "neg", "abs", "square", "sqrt", "relu", "gelu", "silu", "tanh", "sin", "erf", "sign", "floor", "round", "relu6",
+    "expm1", "log1p", "tan", "atan", "asinh", "leaky_relu", "elu", "mish", "hardswish", "_to_copy", "to", "ceil", "trunc",
+}  # fmt: skip
+_OTHERS = (
+    "exp", "exp2", "log", "log2", "log10", "cos", "rsqrt", "reciprocal", "sigmoid", "softplus", "log_sigmoid", "pow",
+    "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv", "clamp_min",
+    "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar", "complex", "real",
+    "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "prelu", "frac", "sgn", "true_divide",
+    "divide", "view_as", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "glu_", "softshrink",
+    "hardshrink", "logit", "special_expit", "clip",
+)  # fmt: skip
+
+
+def _name(op: Op) -> str:
+    return str(op.node.target.overloadpacket.__name__)
+
+
+def _values(op: Op, count: int) -> list[Value] | None:
+    values = [expression(op.args[k], op.scope) for k in range(min(count, len(op.args)))]
+    return None if any(v is None for v in values) else values  # type: ignore[return-value]
+
+
+def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
+    dims, ghosts = op.scope.broadcast(op.operands)
+    parts.expr = expr
+    return Out(dims, parts, ghosts)
+
+
+@rule(*_op(*(n for n in _ARITHMETIC if n != "square" and n not in _KEEP_ZERO)))
+def arithmetic(op: Op) -> Out:
+    name, values = _name(op), _values(op, 2)
+    parts = op.gather()
+    combine = _ARITHMETIC[name]
+    if "alpha" in op.kwargs:
+        alpha = sympy.sympify(op.kwargs["alpha"])
+        combine = (lambda a, b: a + alpha * b) if name == "add" else (lambda a, b: a - alpha * b)
+    expr = None if values is None else apply(combine, *values)
+    parts.support, parts.fill = _sum_support(op) if name in ("add", "sub") else _product_support(op, name)
+    return _finish(op, parts, expr)
+
+
+@rule(*_op("div"))
+def division(op: Op) -> Out:
+    parts, values = op.gather(), _values(op, 2)
+    mode = op.kwargs.get("rounding_mode")
+    expr = None
+    if values is not None and (mode == "floor" or (mode is None and not number(values[0]).has(sympy.S.Infinity))):
+        expr = apply((lambda a, b: sympy.floor(a / b)) if mode == "floor" else (lambda a, b: a / b), *values)
+    parts.support, parts.fill = _product_support(op, "div")
+    return _finish(op, parts, None if expr is not None and expr.has(sympy.zoo, sympy.nan) else expr)
+
+
+def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
+    """Minus infinity (or a very negative number) plus anything stays so; zero plus zero is zero."""
+    known = [op.known(a) if isinstance(a, Operand) else None for a in op.args[:2]]
+    if _name(op) == "sub" and known[1] is not None and known[1][1] is not Fill.ZERO:
+        return sympy.true, None  # x - (-inf)
+    low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
+    if low:
+        fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
+        return sympy.And(*(k[0] for k in low)), fill
+    if all(k is not None for k in known) and len(known) == 2:
+        return sympy.Or(*(k[0] for k in known if k is not None)), Fill.ZERO
+    return sympy.true, None
+
+
+def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
+    """Zero times anything (finite) is zero; a very negative number times a positive one of ordinary size stays so."""
+    tensors = [a for a in op.args[:2] if isinstance(a, Operand)]
+    candidates = tensors if name in ("mul", "multiply") else tensors[:1] if op.args[0] is tensors[0] else []
+    known = [k for k in map(op.known, candidates) if k is not None]
+    zeros = [k for k in known if k[1] is Fill.ZERO]
+    if zeros:
+        return sympy.And(*(k[0] for k in zeros)), Fill.ZERO
+    factor = op.args[1] if len(tensors) == 1 and len(op.args) > 1 else None
+    if known and isinstance(factor, (int, float)) and name in ("mul", "multiply", "div"):
+        scale = float(factor) if name != "div" else 1 / float(factor) if factor else 0.0
+        if scale > 0.1 or (scale > 0 and known[0][1] is Fill.NEG_INF):
+            return known[0]
+    return sympy.true, None
+
+
+@rule(*_op(*_RELATIONAL))
+def relational(op: Op) -> Out:
+    values = _values(op, 2)
+    return _finish(op, op.gather(), None if values is None else compare(_name(op), *values))
+
+
+@rule(*_op(*_LOGICAL))
+def logical(op: Op) -> Out:
+    parts, values = op.gather(), _values(op, 2)
+    bools = values is not None and (op.dtypes[0] is torch.bool)
+    expr = simplify(_LOGICAL[_name(op)](*map(boolean, values))) if bools and values is not None else None
+    return _finish(op, parts, expr)
+
+
+@rule(*_op(*_KEEP_ZERO))
+def keeps_zero(op: Op) -> Out:
+    parts, name = op.gather(), _name(op)
+    known = op.known(op.args[0])
+    if known is not None and (known[1] is Fill.ZERO or name in ("_to_copy", "to")):
+        parts.support, parts.fill = known
+    if known is not None and name == "relu":
+        parts.support, parts.fill = known[0], Fill.ZERO
+    value = expression(op.args[0], op.scope)
+    expr = None
+    if value is not None and name in _ARITHMETIC:
+        expr = apply(_ARITHMETIC[name], value)
+    elif value is not None and name in ("_to_copy", "to"):
+        expr = _cast(value, op.dtypes[0])
+    return _finish(op, parts, expr)
+
+
+def _cast(value: Value, dtype: torch.dtype) -> Value | None:
+    if dtype is torch.bool:
+        return boolean(value)
+    value = number(value)
+    if dtype.is_floating_point or dtype.is_complex or value.is_integer:
+        return value
+    return None
+
+
+@rule(*_op(*(name for name in _OTHERS if hasattr(aten, name))))
+def other(op: Op) -> Out:
+    parts, name = op.gather(), _name(op)
+    known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
+    if known is not None and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
+        parts.support, parts.fill = known[0], Fill.ZERO
+    elif known is not None and known[1] is Fill.ZERO and name in ("true_divide", "divide"):
+        parts.support, parts.fill = known
+    elif known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1]):
+        parts.support, parts.fill = known
+    expr = None
+    if name == "pow" and isinstance(op.args[1], int) and op.args[1] >= 0:
+        value = expression(op.args[0], op.scope)
+        expr = None if value is None else apply(lambda a: a ** op.args[1], value)
+    return _finish(op, parts, expr)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+@rule(*_op("clamp"))
+def clamp(op: Op) -> Out:
+    low, high = op.arg(1, "min"), op.arg(2, "max")
+    value = expression(op.args[0], op.scope)
+    bounds = [expression(b, op.scope) for b in (low, high) if b is not None]
+    expr = None
+    if value is not None and all(b is not None for b in bounds):
+        expr = value
+        if low is not None and expr is not None:
+            expr = apply(sympy.Max, expr, bounds[0])  # type: ignore[arg-type]
+        if high is not None and expr is not None:
+            expr = apply(sympy.Min, expr, bounds[-1])  # type: ignore[arg-type]
+    return _finish(op, op.gather(), expr)
+
+
+@rule(*_op("where"))
+def where(op: Op) -> Out:
+    cond, yes, no = op.args
+    return _choose(op, expression(cond, op.scope), yes, no)
+
+
+@rule(*_op("masked_fill"))
+def masked_fill(op: Op) -> Out:
+    return _choose(op, expression(op.args[1], op.scope), op.args[2], op.args[0])
+
+
+def _choose(op: Op, cond: Value | None, yes: Any, no: Any) -> Out:
+    """``yes`` where ``cond``, else ``no``; either may be a number."""
+    parts = op.gather()
+    if cond is None:
+        return _finish(op, parts, None)
+    cond = boolean(cond)
+    a, b = expression(yes, op.scope), expression(no, op.scope)
+    expr = None
+    if a is not None and b is not None:
+        if op.dtypes[0] is torch.bool:
+            expr = simplify(sympy.Or(sympy.And(cond, boolean(a)), sympy.And(sympy.Not(cond), boolean(b))))
+        else:
+            # under its own condition each branch is itself, whatever the other one holds
+            expr = apply(lambda c, x, y: x if c == 1 else y, number(cond), number(a), number(b))
+    parts.support, parts.fill = _chosen_support(op, cond, yes, no)
+    return _finish(op, parts, expr)
+
+
+def _chosen_support(op: Op, cond: Boolean, yes: Any, no: Any) -> tuple[Boolean, Fill | None]:
+    for keep, value, other_one in ((sympy.Not(cond), yes, no), (cond, no, yes)):
+        fill = _constant_fill(op, value)
+        if fill is None:
+            continue
+        inner = op.known(other_one) if isinstance(other_one, Operand) else None
+        if inner is not None and inner[1] is not Fill.ZERO and fill is not Fill.ZERO:
+            return sympy.And(keep, inner[0]), fill if fill is inner[1] else Fill.NEG
+        if inner is not None and inner[1] is fill:
+            return sympy.And(keep, inner[0]), fill
+        return simplify(keep), fill
+    return sympy.true, None
+
+
+def _constant_fill(op: Op, value: Any) -> Fill | None:
+    """The fill class of a number, or of an operand that is one number everywhere."""
+    expr = expression(value, op.scope)
+    if expr is None:
+        return None
+    expr = number(expr)
+    return Fill.of(expr) if expr.is_number and expr.is_real is not None and expr is not sympy.nan else None

@@ -1,0 +1,247 @@
+"""Ops that combine the entries along some axes: reductions, normalisers, scans, sorts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from kvpass import errors
+from kvpass.analysis.expressions import number
+from kvpass.analysis.facts import Fill, Kind
+from kvpass.analysis.scope import Label, Operand, symbol
+from kvpass.analysis.table import (
+    Op,
+    Out,
+    bounding_row,
+    expression,
+    keeps_a_key,
+    name_of,
+    reduce_over,
+    row_labels,
+    rule,
+)
+
+aten = torch.ops.aten
+_LOW = (Fill.NEG_INF, Fill.NEG)
+
+
+def _axes(op: Op, dims: Any) -> list[int]:
+    rank = len(op.operands[0].dims)
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def _reduce(op: Op, dims: Any, keepdim: bool, ignores: tuple[Fill, ...], outputs: int = 1) -> Out | list[Out]:
+    x, scope = op.operands[0], op.scope
+    axes = _axes(op, dims)
+    gone = [label for d in axes for label in x.dims[d] if scope.atoms[label].size != 1]
+    units = [label for d in axes for label in x.dims[d] if scope.atoms[label].size == 1]
+    kept = [label for d, dim in enumerate(x.dims) if d not in axes for label in dim]
+    ghosts = x.ghosts + row_labels(scope, units)
+    outs = []
+    for _ in range(outputs):
+        parts = op.gather()
+        known = op.known(x)
+        if known is not None:
+            parts.support, parts.fill = known
+        if known is not None and known[1] in ignores:
+            for j in row_labels(scope, gone):
+                keeps_a_key(op, parts, j, bounding_row(op, j, kept + ghosts, known[0]), *known)
+        fill = parts.fill if parts.fill in ignores else None
+        reduce_over(op, parts, gone, kept + ghosts, ignores)
+        parts.fill = fill if parts.fill is not None else None
+        if parts.fill is None:
+            parts.support = sympy.true
+        result = [[] if d in axes else dim for d, dim in enumerate(x.dims) if keepdim or d not in axes]
+        outs.append(Out(result, parts, list(ghosts)))
+    return outs[0] if outputs == 1 else outs
+
+
+@rule(aten.sum.dim_IntList)
+def sum_dim(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), (Fill.ZERO,))
+
+
+@rule(aten.sum.default)
+def sum_all(op: Op) -> Any:
+    return _reduce(op, None, False, (Fill.ZERO,))
+
+
+@rule(aten.mean.default, aten.max.default, aten.min.default, aten.std.default, aten.var.default)
+def mean_all(op: Op) -> Any:
+    return _reduce(op, None, False, ())
+
+
+@rule(aten.mean.dim)
+def mean(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
+
+
+@rule(aten.amin.default, aten.prod.dim_int, aten.argmin.default, aten.argmax.default)
+def amin(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
+
+
+@rule(aten.all.dim, aten.all.default, aten.any.dims)
+def every(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
+
+
+@rule(aten.any.dim, aten.any.default)
+def some(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), (Fill.ZERO,))
+
+
+@rule(aten.amax.default, aten.logsumexp.default)
+def amax(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), _LOW)
+
+
+@rule(aten.max.dim)
+def max_dim(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), _LOW, outputs=2)
+
+
+@rule(aten.min.dim)
+def min_dim(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), (), outputs=2)
+
+
+@rule(aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction)
+def variance(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.kwargs.get("keepdim", False)), ())
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(op: Op) -> Any:
+    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), (Fill.ZERO,))
+
+
+@rule(aten.norm.ScalarOpt_dim)
+def norm(op: Op) -> Any:
+    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), (Fill.ZERO,))
+
+
+# -- same shape out -------------------------------------------------------------------------------------------------
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default)
+def softmax(op: Op) -> Out:
+    x, scope = op.operands[0], op.scope
+    (axis,) = _axes(op, op.args[1])
+    parts, known = op.gather(), op.known(x)
+    labels = list(x.dims[axis])
+    rest = [label for label in x.labels if label not in labels]
+    log = "log" in name_of(op.node)
+    if known is not None and known[1] in _LOW:
+        for j in row_labels(scope, labels):
+            keeps_a_key(op, parts, j, bounding_row(op, j, rest, known[0]), *known)
+    _mix(op, parts, labels, rest, known if known is not None and known[1] in _LOW else None)
+    if known is not None and known[1] in _LOW and not log:
+        parts.support, parts.fill = known[0], Fill.ZERO
+    return Out(x.dims, parts, x.ghosts)
+
+
+def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any) -> None:
+    """Every entry along ``labels`` comes to depend on all of them that the support keeps."""
+    support, fill = known if known is not None else (sympy.true, None)
+    parts.support, parts.fill = support, fill
+    reduce_over(op, parts, [x for x in labels if op.scope.atoms[x].size != 1], rest, _LOW)
+    op.operands[0].everything |= set(row_labels(op.scope, labels))
+    op.scope.full |= set(row_labels(op.scope, labels))
+    parts.support, parts.fill = sympy.true, None
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default)
+def layer_norm(op: Op) -> Any:
+    x = op.operands[0]
+    count = len(op.args[1])
+    labels = [label for dim in x.dims[len(x.dims) - count :] for label in dim]
+    rest = [label for label in x.labels if label not in labels]
+    parts = op.gather()
+    _mix(op, parts, labels, rest, None)
+    return Out(x.dims, parts, x.ghosts)
+
+
+def _along(op: Op, axis: int, size: Any = None, outputs: int = 1) -> Any:
+    """Entries along one axis are rearranged or combined in a way that depends on all of them."""
+    x, scope = op.operands[0], op.scope
+    axis = _axes(op, axis)[0]
+    labels = list(x.dims[axis])
+    rest = [label for label in x.labels if label not in labels]
+    outs = []
+    for k in range(outputs):
+        parts = op.gather()
+        _mix(op, parts, labels, rest, None)
+        dims = list(x.dims)
+        if op.shapes[k][axis] != scope.size(labels):
+            dims[axis] = scope.fresh(op.shapes[k][axis])
+        outs.append(Out(dims, parts, x.ghosts))
+    return outs[0] if outputs == 1 else outs
+
+
+@rule(aten.sort.default, aten.sort.stable)
+def sort(op: Op) -> Any:
+    if op.node.target is aten.sort.stable:
+        return _along(op, op.arg(2, "dim", -1), outputs=2)
+    return _along(op, op.arg(1, "dim", -1), outputs=2)
+
+
+@rule(aten.topk.default)
+def topk(op: Op) -> Any:
+    return _along(op, op.arg(2, "dim", -1), outputs=2)
+
+
+@rule(aten.argsort.default, aten.cumprod.default, aten.logcumsumexp.default)
+def argsort(op: Op) -> Any:
+    return _along(op, op.arg(1, "dim", -1))
+
+
+@rule(aten.roll.default)
+def roll(op: Op) -> Any:
+    return _along(op, op.arg(2, "dims")[0]) if len(op.arg(2, "dims", [])) == 1 else _along(op, 0)
+
+
+@rule(aten.flip.default)
+def flip(op: Op) -> Any:
+    dims = op.args[1]
+    rows = [d for d in dims if row_labels(op.scope, op.operands[0].dims[d])]
+    return _along(op, (rows or dims)[0])
+
+
+@rule(aten.fft_fft.default, aten.fft_rfft.default, aten.fft_ifft.default)
+def fft(op: Op) -> Any:
+    return _along(op, op.arg(2, "dim", -1))
+
+
+@rule(aten.cumsum.default)
+def cumsum(op: Op) -> Out:
+    """A running sum reads rows up to its own: dependence is unchanged."""
+    x, scope = op.operands[0], op.scope
+    axis = _axes(op, op.args[1])[0]
+    parts = op.gather()
+    labels = x.dims[axis]
+    for label in labels:
+        if scope.atoms[label].kind is Kind.BATCH and scope.atoms[label].size != 1:
+            parts.batch = op.cause("cumsum runs over the sequences of a batch", errors.MixesBatch)
+    rows = set(row_labels(scope, list(labels)))
+    x.everything |= rows
+    scope.full |= rows
+    value = expression(x, scope)
+    if value is not None and len(labels) == 1:
+        value = number(value)
+        constant_along = symbol(labels[0]) not in value.free_symbols
+        parts.expr = value * (symbol(labels[0]) + 1) if constant_along and value.is_number else None
+    return Out(x.dims, parts, x.ghosts)
+
+
+@rule(aten.dropout.default, aten.native_dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default)
+def dropout(op: Op) -> Out:
+    """Only dropout that is switched on reaches the analysis: `normalise` removes the other."""
+    parts = op.gather()
+    parts.random = op.cause(name_of(op.node), errors.Randomness)
+    x: Operand = op.operands[0]
+    return Out(x.dims, parts, x.ghosts)

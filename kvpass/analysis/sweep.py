@@ -1,0 +1,237 @@
+"""One forward sweep: every value of the graph gets its fact, every op the links between its operands and its result."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+import kvpass.analysis.rules  # noqa: F401  (fills the table)
+from kvpass import errors
+from kvpass.analysis.buffers import closed_form
+from kvpass.analysis.expressions import Value
+from kvpass.analysis.facts import ONE, Atom, Cause, Expr, Fact, Kind, index
+from kvpass.analysis.scope import Axes, Link, Scope
+from kvpass.analysis.table import RULES, Op, Out
+from kvpass.ir import Captured, Input, Role
+
+_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op, understood.
+
+    Attributes:
+        facts: of each output; most ops have one.
+        operands, links: the tensor arguments in order of occurrence, and for each of their atoms the atom of the
+            result that it became (None: read whole).
+        full: atoms of the result that are computed over all rows and narrowed afterwards.
+    """
+
+    facts: tuple[Fact, ...]
+    operands: tuple[fx.Node, ...] = ()
+    links: tuple[Link, ...] = ()
+    full: frozenset[int] = frozenset()
+
+    @property
+    def fact(self) -> Fact:
+        return self.facts[0]
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """The captured graph with a step for every tensor value."""
+
+    captured: Captured
+    steps: Mapping[fx.Node, Step]
+
+    def fact(self, node: fx.Node) -> Fact:
+        return self.steps[node].fact
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        return tuple(self.captured.module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def sym(value: Any) -> Expr:
+    """A size as sympy: SymInt, SymFloat, or a Python number."""
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's innermost line, ``file:line in function: code``."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    for k in range(len(lines) - 1, -1, -1):
+        if lines[k].startswith("File "):
+            file, line, *where = [part.strip() for part in lines[k][5:].split(",")]
+            code = f": {lines[k + 1]}" if k + 1 < len(lines) else ""
+            return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(where)}{code}"
+    return ""
+
+
+def analyze(captured: Captured) -> Analyzed:
+    """Facts for every value.
+
+    Raises:
+        Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
+    """
+    axes = Axes(captured.seq, captured.batch)
+    steps: dict[fx.Node, Step] = {}
+    inputs = {i.name: i for i in captured.inputs}
+    for node in captured.module.graph.nodes:
+        try:
+            step = _step(node, steps, captured, inputs, axes)
+        except errors.Refusal as refusal:
+            raise refusal.at(node.name, source_of(node)) from None
+        if step is not None:
+            steps[node] = step
+    return Analyzed(captured, steps)
+
+
+def _step(
+    node: fx.Node, steps: Mapping[fx.Node, Step], captured: Captured, inputs: Mapping[str, Input], axes: Axes
+) -> Step | None:
+    if node.op == "placeholder":
+        given = inputs[node.name]
+        if given.role is Role.SYMBOL:
+            return None
+        return Step((_input_fact(node, given, captured),))
+    if node.op == "get_attr":
+        return Step((_constant_fact(node, _attribute(captured.module, str(node.target))),))
+    if node.op == "output" or not _tensors(node):
+        return None
+    if node.target is operator.getitem:
+        return _getitem(node, steps)
+    return _call(node, steps, axes)
+
+
+def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module  # type: ignore[return-value]
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
+    if given.role is Role.CONSTANT:
+        return _constant_fact(node, captured.constants[node.name])
+    value = node.meta["val"]
+    dims: list[tuple[Atom, ...]] = []
+    for axis, size in enumerate(value.shape):
+        if axis in given.seq_axes:
+            dims.append((Atom(Kind.SEQ, sym(size)),))
+        elif axis == given.batch_axis:
+            dims.append((Atom(Kind.BATCH, sym(size)),))
+        else:
+            dims.append(() if size == 1 else (Atom(Kind.FREE, sym(size)),))
+    fact = Fact(tuple(dims), value.dtype)
+    if given.role is Role.FORM:
+        return replace(fact, expr=given.form)
+    return settle(replace(fact, deps=frozenset(fact.rows())), node, captured.seq)
+
+
+def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
+    dims = tuple(() if size == 1 else (Atom(Kind.FREE, sympy.Integer(size)),) for size in tensor.shape)
+    fact = Fact(dims, tensor.dtype)
+    expr = closed_form(tensor, lambda: _leaf(node, fact))
+    if expr is None and tensor.dim() <= 4 and not tensor.is_floating_point() and not tensor.is_complex():
+        return fact.with_expr(_leaf_value(node, fact))
+    return fact.with_expr(expr)
+
+
+def _leaf(node: fx.Node, fact: Fact) -> Value:
+    function = sympy.Function(f"v_{node.name}", integer=True)
+    return function(*(index(k) for k in range(len(fact.atoms))))
+
+
+def _leaf_value(node: fx.Node, fact: Fact) -> Value:
+    leaf = _leaf(node, fact)
+    return sympy.Ne(leaf, 0) if fact.dtype is torch.bool else leaf
+
+
+def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
+    """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
+    expr = fact.expr
+    if expr is not None and sympy.count_ops(expr) > _LIMIT:
+        expr = None
+    if expr is None:
+        small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
+        return replace(fact, expr=_leaf_value(node, fact) if small else None)
+    length = fact.length
+    if expr.has(seq):
+        length = length or Cause(node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength)
+    elif not expr.atoms(AppliedUndef):
+        length = None
+    if expr.atoms(AppliedUndef):
+        return replace(fact, expr=expr, length=length)
+    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None)
+
+
+def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
+    source, k = node.args
+    step = steps[source]  # type: ignore[index]
+    fact = step.facts[k]  # type: ignore[index]
+    return Step((fact,), (source,), (tuple(range(len(fact.atoms))),))  # type: ignore[arg-type]
+
+
+def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
+    rule = RULES.get(node.target)
+    if rule is None:
+        raise errors.UnknownOp(detail=f"{node.target}")
+    scope, tensors = Scope(node.name, axes), _tensors(node)
+    operands: list[fx.Node] = []
+
+    def convert(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            if arg in steps:
+                operands.append(arg)
+                return scope.open(steps[arg].fact)
+            return sym(arg.meta["val"])
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(convert(a) for a in arg)
+        return sym(arg) if isinstance(arg, torch.SymInt) else arg
+
+    args = tuple(convert(a) for a in node.args)
+    kwargs = {k: convert(a) for k, a in node.kwargs.items()}
+    shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
+    op = Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors))
+    result = rule(op)
+    outs = result if isinstance(result, list) else [result]
+    return _closed(op, outs, () if outs[0].detached else tuple(operands))
+
+
+def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
+    scope, facts, first = op.scope, [], {}
+    for k, out in enumerate(outs):
+        fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
+        if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):
+            raise errors.UnsupportedShape(detail=f"{op.node.target}: {fact.shape()} was inferred for {op.shapes[k]}")
+        facts.append(settle(fact, op.node, scope.axes.seq) if len(outs) == 1 else fact)
+        first = first or place
+    links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()
+    full = frozenset(first[scope.representative(x)] for x in scope.full if scope.representative(x) in first)
+    return Step(tuple(facts), operands, links, full)
+
+
+def describe(analyzed: Analyzed, render: Callable[[str], str] = str) -> str:
+    """The graph with one line per value: name, op, fact."""
+    lines = []
+    for node in analyzed.captured.module.graph.nodes:
+        if node in analyzed.steps and node.op != "placeholder":
+            lines.append(render(f"{node.name:<28} {node.target!s:<44} {analyzed.steps[node].fact}"))
+    return "\n".join(lines)
+
+
+__all__ = ["Analyzed", "Step", "analyze", "describe", "source_of", "sym", "ONE"]

@@ -1,0 +1,228 @@
+"""The table of transfer rules, and what a rule gets to see.
+
+A rule is one small function per ATen op (or per family that means the same): it aligns the operands' axes in the
+scope and says what the result depends on. Rules are registered by decorator, here and nowhere else:
+
+    @rule(aten.softmax.int)
+    def softmax(op: Op) -> Out: ...
+
+An op without a rule is refused by name. To add one, see ARCHITECTURE.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from kvpass import errors
+from kvpass.analysis.expressions import Value, boolean, branches, constant, implies, is_boolean, simplify, substitute
+from kvpass.analysis.facts import Cause, Expr, Fill, Kind
+from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
+
+
+@dataclass
+class Out:
+    """A rule's result: axes, ghosts and properties over the scope's labels.
+
+    ``detached`` says that the operands lend their shape only; their entries are not read.
+    """
+
+    dims: Dims
+    parts: Parts
+    ghosts: list[Label] = field(default_factory=list)
+    detached: bool = False
+
+
+@dataclass
+class Op:
+    """One call in the graph as a rule sees it: tensors are operands, symbolic numbers are sympy expressions."""
+
+    node: fx.Node
+    scope: Scope
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: tuple[tuple[Expr, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def shape(self) -> tuple[Expr, ...]:
+        return self.shapes[0]
+
+    def arg(self, k: int, name: str, default: Any = None) -> Any:
+        """Positional or keyword argument, by the op's schema."""
+        return self.args[k] if k < len(self.args) else self.kwargs.get(name, default)
+
+    @property
+    def operands(self) -> list[Operand]:
+        return self.scope.operands
+
+    def cause(self, why: str, error: type[errors.Refusal] = errors.DependsOnFuture) -> Cause:
+        return Cause(self.node.name, why, error)
+
+    def gather(self, numbers: bool = True) -> Parts:
+        """What the operands depend on; ``numbers=False`` where symbolic arguments are only sizes."""
+        parts = self.scope.gather(self.operands)
+        for number in self.scalars() if numbers else ():
+            if isinstance(number, sympy.Basic) and number.has(self.scope.axes.seq):
+                parts.length = parts.length or self.cause(
+                    f"{name_of(self.node)} uses the number of rows, {number}, as a number", errors.DependsOnLength
+                )
+        return parts
+
+    def scalars(self) -> Iterator[Any]:
+        """Non-tensor arguments, flat."""
+        for value in (*self.args, *self.kwargs.values()):
+            yield from value if isinstance(value, (list, tuple)) else (value,)
+
+    def known(self, operand: Operand) -> tuple[Boolean, Fill] | None:
+        """``(support, fill)`` of an operand over labels, from its fact or from its closed form."""
+        fact = operand.fact
+        if fact.fill is not None:
+            return self.scope.lift(operand, fact.support), fact.fill
+        return None if fact.expr is None else support_of(self.scope.lift(operand, fact.expr))
+
+
+Rule = Callable[[Op], "Out | list[Out]"]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a transfer rule for these overloads."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            assert target not in RULES, f"two rules for {target}"
+            RULES[target] = function
+        return function
+
+    return register
+
+
+def name_of(node: fx.Node) -> str:
+    """``aten.softmax.int`` as the user would look it up."""
+    return str(node.target)
+
+
+def support_of(value: Value) -> tuple[Boolean, Fill] | None:
+    """Where a closed form differs from a fill, the strongest fill first: -inf, very negative, zero."""
+    if is_boolean(value):
+        return value, Fill.ZERO
+    parts = branches(value)
+    for fill in (Fill.NEG_INF, Fill.NEG, Fill.ZERO):
+        outside = [cond for val, cond in parts if val.is_number and Fill.of(val) is fill]
+        if outside:
+            return simplify(sympy.Not(sympy.Or(*outside))), fill
+    return None
+
+
+def expression(operand: Any, scope: Scope) -> Value | None:
+    """An argument as a sympy value over labels: an operand's closed form, or a number."""
+    if isinstance(operand, Operand):
+        return None if operand.fact.expr is None else scope.lift(operand, operand.fact.expr)
+    return constant(operand)
+
+
+def row_labels(scope: Scope, labels: list[Label]) -> list[Label]:
+    return [label for label in labels if scope.atoms[label].kind is Kind.SEQ]
+
+
+def row_of(scope: Scope, label: Label) -> Expr:
+    return scope.atoms[label].start + symbol(label)
+
+
+def bounding_row(op: Op, j: Label, kept: list[Label], support: Boolean) -> Label | None:
+    """The kept row that is proved to be no earlier than row ``j`` wherever ``support`` holds.
+
+    This is the causality proof: ``support and row_j > row_i`` is contradictory, which `contradicts` decides after
+    substituting ``row_j = row_i + 1 + d`` with ``d >= 0``.
+    """
+    scope = op.scope
+    support = scope.resolve(support)
+    beyond = sympy.Symbol("d", integer=True, nonnegative=True)
+    for i in row_labels(scope, kept):
+        later = row_of(scope, i) + 1 + beyond - scope.atoms[j].start
+        if implies(substitute(support, {symbol(j): later}), sympy.false):
+            return i
+    return None
+
+
+def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], ignores: tuple[Fill, ...]) -> None:
+    """Account in ``parts`` for combining all entries along the labels ``gone``.
+
+    ``ignores`` lists the fills that the combination cannot see (zero for a sum, minus infinity for a maximum). A row
+    axis is harmless where the support bounds it by a kept row; otherwise the result depends on every row and on their
+    number.
+    """
+    support = parts.support if parts.fill in ignores else sympy.true
+    for j in gone:
+        atom = op.scope.atoms[j]
+        if atom.kind is Kind.BATCH and atom.size != 1:
+            parts.batch = parts.batch or op.cause(f"{name_of(op.node)} combines the sequences of a batch", errors.MixesBatch)
+        if atom.kind is not Kind.SEQ:
+            continue
+        bound = bounding_row(op, j, kept, support)
+        _forget_row(op, parts, j, bound, support)
+    parts.support, parts.fill = _without(op, parts, gone)
+
+
+def _forget_row(op: Op, parts: Parts, j: Label, bound: Label | None, support: Boolean) -> None:
+    used = {label for label in parts.deps if op.scope.representative(label) == j}
+    parts.deps -= used
+    if bound is None:
+        why = f"{name_of(op.node)} combines all rows of the sequence"
+        if support != sympy.true:
+            why += f"; the rows it keeps, {pretty(op.scope, support)}, are not all at or before its own"
+        if used:
+            parts.whole = parts.whole or op.cause(why)
+        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
+    elif used:
+        parts.deps.add(bound)
+    valid = op.scope.resolve(parts.valid)
+    if symbol(j) in valid.free_symbols:
+        if not implies(op.scope.resolve(support), valid):
+            parts.whole = parts.whole or op.cause(
+                f"{name_of(op.node)} reads rows whose mask kept no key", errors.EmptyRow
+            )
+        parts.valid = sympy.And(*(t for t in sympy.And.make_args(valid) if symbol(j) not in t.free_symbols))
+
+
+def _without(op: Op, parts: Parts, gone: list[Label]) -> tuple[Boolean, Fill | None]:
+    support = op.scope.resolve(parts.support)
+    if support.free_symbols & {symbol(j) for j in gone}:
+        return sympy.true, None
+    return support, parts.fill
+
+
+def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolean, fill: Fill) -> None:
+    """With a finite fill a row that keeps no key turns into a mean over all keys: require row i to keep its own.
+
+    Where only the caller's data can empty the row (padding), such rows are marked meaningless instead.
+    """
+    if fill is not Fill.NEG or i is None:
+        return
+    scope = op.scope
+    diagonal = substitute(scope.resolve(support), {symbol(j): row_of(scope, i) - scope.atoms[j].start})
+    for term in sympy.And.make_args(simplify(diagonal)):
+        if term == sympy.true:
+            continue
+        if term.atoms(sympy.core.function.AppliedUndef):
+            parts.valid = sympy.And(parts.valid, term)
+        else:
+            why = f"a row that keeps no key ({pretty(scope, sympy.Not(term))}) becomes a mean over all of them"
+            parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
+
+
+def pretty(scope: Scope, value: Value) -> str:
+    """A predicate over labels with ``j`` and ``i`` for the last and the last but one row symbol."""
+    symbols = sorted((s for s in value.free_symbols if s.name.startswith("_")), key=lambda s: int(s.name[1:]))
+    names = dict(zip(reversed(symbols), ("j", "i"), strict=False))
+    return str(value.xreplace({old: sympy.Symbol(new, integer=True, nonnegative=True) for old, new in names.items()}))
+
+
+__all__ = ["Op", "Out", "RULES", "rule", "boolean"]

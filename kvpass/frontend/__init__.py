@@ -1,0 +1,5 @@
+"""From the user's model to a compiled program: capture, backend entry, explain."""
+
+from kvpass.frontend.api import compile, explain, reports
+
+__all__ = ["compile", "explain", "reports"]

@@ -1,0 +1,77 @@
+"""What users call beside `torch.compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from kvpass.frontend import backend
+from kvpass.frontend.backend import Options, Record
+
+
+def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile(model, backend="kvpass")` with the sequence axis dynamic from the first call.
+
+    Args:
+        model: a module or a function of tensors.
+        **options: of the backend (`kvpass.frontend.backend.Options`).
+
+    Raises:
+        OptionError: a malformed option.
+    """
+    Options.of(options)
+    compiled = torch.compile(model, backend="kvpass", options=options or None)
+
+    @functools.wraps(getattr(model, "forward", model))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            _mark(tensor)
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _mark(value: Any) -> None:
+    """Say that the sequence axis varies: axis 1, or the only one; the last two of a square mask."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return
+    axes = [0] if value.dim() == 1 else [1]
+    if value.dim() >= 2 and value.shape[-1] == value.shape[-2] and value.shape[-1] > 1 and value.dim() != 3:
+        axes = [value.dim() - 2, value.dim() - 1]
+    for axis in axes:
+        if value.shape[axis] > 1:
+            torch._dynamo.maybe_mark_dynamic(value, axis)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compile a model for these arguments, without using a cache of the user's, and report what was found."""
+    from kvpass.report import Report
+
+    with recording() as found, torch.no_grad():
+        torch._dynamo.reset()
+        compile(model)(*args, **kwargs)
+    torch._dynamo.reset()
+    return Report.of(found)
+
+
+class recording:
+    """Collect the compilations that happen inside a ``with`` block."""
+
+    def __enter__(self) -> list[Record]:
+        self.found: list[Record] = []
+        backend._listeners.append(self.found.append)
+        return self.found
+
+    def __exit__(self, *_: object) -> None:
+        backend._listeners.remove(self.found.append)
+
+
+def reports() -> Iterator[Any]:
+    """A report for each of the latest compilations of this process."""
+    from kvpass.report import Report
+
+    return (Report.of([record]) for record in backend.records())

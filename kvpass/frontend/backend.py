@@ -1,0 +1,123 @@
+"""The backend that `torch.compile(model, backend="kvpass")` finds."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass import errors
+from kvpass.cache import Cache
+from kvpass.frontend.capture import capture
+from kvpass.frontend.pipeline import incrementalise
+from kvpass.frontend.verify import verify
+from kvpass.ir import Captured
+from kvpass.runtime import default_cache
+from kvpass.runtime.program import Program
+
+log = logging.getLogger("kvpass")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    Attributes:
+        cache: where rows are kept; the process-wide one by default.
+        verify: compare the rewritten graph with the captured one, on the real weights, before it is used.
+    """
+
+    cache: Cache | None = None
+    verify: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> Options:
+        """Options from what the user wrote.
+
+        Raises:
+            OptionError: an option does not exist, or its value has the wrong type.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in given or {}:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+                raise errors.OptionError(f"kvpass has no option {name!r}{hint}")
+        options = cls(**(given or {}))
+        if options.cache is not None and not isinstance(options.cache, Cache):
+            raise errors.OptionError(f"cache must be a kvpass.Cache, not {type(options.cache).__name__}")
+        if not isinstance(options.verify, bool):
+            raise errors.OptionError(f"verify must be True or False, not {options.verify!r}")
+        return options
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compilation: what was captured, and the program or the refusal that came of it."""
+
+    captured: Captured | None
+    program: Program | None
+    refusal: errors.Refusal | None
+
+
+_records: deque[Record] = deque(maxlen=256)
+_listeners: list[Callable[[Record], None]] = []
+
+
+def records() -> list[Record]:
+    """The latest compilations of this process, oldest first."""
+    return list(_records)
+
+
+def kvpass(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile one graph of Dynamo's.
+
+    Returns:
+        A program over a cache, or the graph as it is where the proof does not go through.
+
+    Raises:
+        OptionError: a malformed option.
+    """
+    chosen = Options.of(options)
+    if mode not in (None, "default"):
+        raise errors.OptionError(f"kvpass has no mode {mode!r}; leave it out")
+    captured: Captured | None = None
+    try:
+        _refuse_unsuitable(gm, example_inputs)
+        captured = capture(gm, example_inputs)
+        incremental = incrementalise(captured)
+        if chosen.verify:
+            verify(captured, incremental, gm, example_inputs)
+    except errors.Refusal as refusal:
+        _record(Record(captured, None, refusal))
+        log.warning("kvpass runs a graph unrewritten. %s", refusal)
+        return gm.forward
+    cache = chosen.cache if chosen.cache is not None else default_cache()
+    program = Program(captured, incremental, gm.forward, cache, incrementalise)
+    _record(Record(captured, program, None))
+    return program
+
+
+def _record(record: Record) -> None:
+    _records.append(record)
+    for listener in list(_listeners):
+        listener(record)
+
+
+def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Graphs that are not the whole model, or whose call needs gradients."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        where = reason.user_stack[-1] if reason.user_stack else None
+        place = f"{where.filename}:{where.lineno} in {where.name}" if where is not None else ""
+        raise errors.GraphBreak(detail=str(reason.reason).splitlines()[0], source=place)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise errors.NeedsGradients()

@@ -1,0 +1,146 @@
+"""From what Dynamo hands over to a `Captured` graph: functional, in high-level ATen ops, with symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+
+from kvpass import errors
+from kvpass.analysis.buffers import closed_form
+from kvpass.analysis.sweep import sym
+from kvpass.ir import Captured, Input, Role
+
+
+def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
+    """Trace Dynamo's graph to functional ATen ops and say what each input is.
+
+    Args:
+        gm: Dynamo's graph; its placeholders carry fake tensors and sources.
+        real: the arguments of the call that is being compiled.
+
+    Raises:
+        Refusal: the graph has a fixed length, lives on several devices, writes into an input, or has no sequence axis.
+    """
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in places]
+    _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
+    constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
+    seq = _sequence_symbol(fakes, constant)
+    try:
+        with torch.no_grad():
+            module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+    except Exception as error:
+        raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if changed:
+        raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
+    return _described(module, places, fakes, real, constant, seq)
+
+
+def _one_device(tensors: Sequence[torch.Tensor]) -> None:
+    kinds = sorted({t.device.type for t in tensors if t.dim() > 0} or {"cpu"})
+    if len(kinds) > 1 or kinds[0] not in ("cpu", "cuda"):
+        raise errors.UnsupportedDevice(detail=" and ".join(kinds))
+
+
+def _is_constant(node: fx.Node, real: Any) -> bool:
+    """Tensors that hang on a module are known by identity; what the caller passes is known by content."""
+    if isinstance(real, torch.nn.Parameter):
+        return True
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or not isinstance(real, torch.Tensor):
+        return False
+    guard = source.guard_source
+    return bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__)
+
+
+def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Symbol:
+    """The symbol of the axis whose length grows: by preference the second axis of an integer input."""
+    votes: dict[sympy.Symbol, int] = {}
+    for fake, fixed in zip(fakes, constant, strict=True):
+        if fixed or not isinstance(fake, torch.Tensor):
+            continue
+        for axis, size in enumerate(fake.shape):
+            expr = sym(size)
+            if isinstance(expr, sympy.Symbol) and (axis > 0 or fake.dim() == 1):
+                votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
+    if votes:
+        return max(votes, key=lambda s: (votes[s], s.name))
+    lengths = {int(f.shape[1]) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
+    raise errors.SingleRow() if lengths == {1} else errors.StaticLength()
+
+
+def _looks_like_ids(fake: Any, fixed: bool) -> bool:
+    return isinstance(fake, torch.Tensor) and not fixed and fake.dim() >= 2 and isinstance(fake.shape[1], int)
+
+
+def _described(
+    module: fx.GraphModule,
+    places: Sequence[fx.Node],
+    fakes: Sequence[Any],
+    real: Sequence[Any],
+    constant: Sequence[bool],
+    seq: sympy.Symbol,
+) -> Captured:
+    batch = _batch_size(fakes, constant, seq)
+    inputs, constants = [], {}
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for k, (node, fake, value) in enumerate(zip(nodes, fakes, real, strict=True)):
+        source = getattr(getattr(places[k].meta.get("grapharg"), "source", None), "name", places[k].name)
+        source = source() if callable(source) else str(source)
+        given = Input(node.name, k, Role.SYMBOL, source)
+        if isinstance(fake, torch.Tensor):
+            given = _tensor_input(node.name, k, source, fake, value, constant[k], seq, batch)
+            if given.role is Role.CONSTANT:
+                constants[node.name] = value
+        inputs.append(given)
+    return Captured(module, tuple(inputs), seq, batch, constants)
+
+
+def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:
+    """Axis 0 of the sequence inputs; inputs with one row of batch serve all sequences."""
+    sizes = []
+    for fake, fixed in zip(fakes, constant, strict=True):
+        if fixed or not isinstance(fake, torch.Tensor):
+            continue
+        axes = [k for k, size in enumerate(fake.shape) if sym(size) == seq]
+        if axes == [0, 1] and fake.dim() == 2 and not fake.is_floating_point() and fake.dtype is not torch.bool:
+            raise errors.AmbiguousAxes(detail="batch and sequence had the same length when the graph was captured")
+        if axes and axes[0] > 0:
+            sizes.append(sym(fake.shape[0]))
+    return next((s for s in sizes if s != 1), sympy.Integer(1))
+
+
+def _tensor_input(
+    name: str, k: int, source: str, fake: torch.Tensor, real: Any, fixed: bool, seq: sympy.Symbol, batch: sympy.Expr
+) -> Input:
+    if fixed:
+        return Input(name, k, Role.CONSTANT, source)
+    axes = tuple(a for a, size in enumerate(fake.shape) if sym(size) == seq)
+    if any(sym(size).has(seq) and sym(size) != seq for size in fake.shape):
+        raise errors.NoSequence(detail=f"{source} has an axis whose length is computed from the sequence's")
+    lead = 0 if fake.dim() > 1 and 0 not in axes and sym(fake.shape[0]) == batch else None
+    if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
+        raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
+    if len(axes) == 2:
+        return _mask_input(name, k, source, axes, real)
+    if len(axes) > 2:
+        raise errors.NoSequence(detail=f"{source} has the sequence on {len(axes)} axes")
+    role = Role.SEQUENCE if axes else Role.CONTEXT
+    if not axes and (batch == 1 or lead is None):
+        lead = None
+    return Input(name, k, role, source, axes, lead)
+
+
+def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], real: torch.Tensor) -> Input:
+    """A mask that the caller passes: its closed form is recognised, and compared with it at every call."""
+    units = all(size == 1 for a, size in enumerate(real.shape) if a not in axes)
+    form = closed_form(real, lambda: sympy.nan) if units else None
+    if form is None or form.has(sympy.nan):
+        raise errors.DependsOnFuture(detail=f"{source} is a mask over pairs of rows that has no closed form")
+    return Input(name, k, Role.FORM, source, axes, None, form)

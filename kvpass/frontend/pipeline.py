@@ -1,0 +1,24 @@
+"""The whole compiler, in order. Read this first."""
+
+from __future__ import annotations
+
+from kvpass.analysis.sweep import analyze
+from kvpass.ir import Captured
+from kvpass.kernels import ops
+from kvpass.transforms.normalise import normalise
+from kvpass.transforms.plan import plan
+from kvpass.transforms.recognise import recognise
+from kvpass.transforms.rewrite import Incremental, rewrite
+
+
+def incrementalise(captured: Captured) -> Incremental:
+    """From a captured graph to one that computes new rows only.
+
+    Raises:
+        Refusal: the proof did not go through; the graph is to be run as it is.
+    """
+    normalise(captured.module)  # one spelling for what means the same
+    analyzed = analyze(captured)  # facts: on which rows does each value depend?
+    cut = plan(analyzed)  # demand, proof, and what to store
+    attentions, missed = recognise(analyzed); print(missed)  # softmax attention, whatever it is spelled like
+    return rewrite(cut, ops, attentions)  # rebuild from the outputs by demand

@@ -1,0 +1,189 @@
+"""The differential check at compile time: the rewritten graph against the captured one, on the real weights.
+
+The proof says that the rewriting is right; this looks. A short text made of the call's own rows is fed in random chunks
+through a small cache of its own, and after every chunk the outputs are compared with the model on the whole prefix.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from kvpass import errors
+from kvpass.analysis.facts import Fact, index
+from kvpass.analysis.identity import identities
+from kvpass.analysis.sweep import Analyzed, sym
+from kvpass.cache import Cache, SlotSpec
+from kvpass.ir import Captured, Role
+from kvpass.kernels.reference import evaluate
+from kvpass.runtime.keys import Keys
+from kvpass.runtime.program import run
+from kvpass.transforms.rewrite import Incremental
+
+# Largest difference, relative to the largest entry: far above reordered sums, far below a key too many.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.bfloat16: 6e-2,
+    torch.float16: 1e-2,
+}
+_ROWS = (12, 40)  # at least and at most so many rows are fed
+_PAGE = 16
+
+
+def verify(
+    captured: Captured, incremental: Incremental, plain: Callable[..., Any], real: Sequence[Any], seed: int = 0
+) -> None:
+    """Compare the two graphs on random chunks.
+
+    Args:
+        plain: the model as Dynamo captured it.
+        real: the arguments of the call that is compiled.
+
+    Raises:
+        VerifyMismatch: an output differs by more than `TOLERANCE`.
+    """
+    rng = random.Random(seed)
+    texts = _Texts(captured, real, rng)
+    keys = Keys(captured)
+    plan = incremental.plan
+    room = (texts.rows // _PAGE + 2) * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
+    cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
+    names = identities(plan.analyzed, {name: b"" for name in captured.constants})
+    table = cache.register(
+        [SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots]
+    )
+    for end in texts.chunks(plan.tail):
+        args = texts.prefix(end)
+        rows, width = keys.rows(args)
+        with torch.no_grad():
+            expected = plain(*args)
+            with cache.begin(table, rows, width, b"", limit=end - plan.tail) as lease:
+                found = run(incremental, args, lease)
+        meaningful = _meaningful(plan.analyzed, args)
+        for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+            problem = _difference(a, b, meaningful.get(k))
+            if problem:
+                raise errors.VerifyMismatch(detail=f"output {k} at {end} rows, {lease.start} of them cached: {problem}")
+
+
+class _Texts:
+    """Prefixes of a text whose rows are drawn from the rows of the call."""
+
+    def __init__(self, captured: Captured, real: Sequence[Any], rng: random.Random) -> None:
+        self.captured, self.real, self.rng = captured, real, rng
+        first = captured.of(Role.SEQUENCE)[0]
+        held = int(real[first.index].shape[first.seq_axes[0]])
+        wanted = held if captured.of(Role.FORM) else max(held, _ROWS[0])
+        self.rows = min(wanted, _ROWS[1])
+        self.pick = [k if k < held else rng.randrange(held) for k in range(self.rows)]
+        self.batch = Keys(captured).batch(real)
+        self.values = dict(self._symbols())
+
+    def _symbols(self) -> Iterator[tuple[sympy.Basic, int]]:
+        """What the sizes were in the call, read off its tensors: reading a SymInt would specialise the graph."""
+        nodes = [n for n in self.captured.module.graph.nodes if n.op == "placeholder"]
+        for node, value in zip(nodes, self.real, strict=True):
+            if isinstance(value, torch.Tensor):
+                for size, number in zip(node.meta["val"].shape, value.shape, strict=True):
+                    yield sym(size), int(number)
+
+    def chunks(self, tail: int) -> list[int]:
+        """Ascending prefix lengths: one long first chunk, single rows, and several at once."""
+        first = self.rng.randint(max(2, tail), max(2, tail, self.rows // 2))
+        ends = {first, self.rows, min(first + 1, self.rows), min(first + 4, self.rows)}
+        return sorted(end for end in ends if end >= max(2, tail))
+
+    def prefix(self, end: int) -> list[Any]:
+        nodes = [n for n in self.captured.module.graph.nodes if n.op == "placeholder"]
+        rows = torch.tensor(self.pick[:end])
+        args: list[Any] = []
+        for given, node, value in zip(self.captured.inputs, nodes, self.real, strict=True):
+            if given.role is Role.SYMBOL:
+                expr = sym(node.meta["val"])
+                args.append(end if expr == self.captured.seq else int(expr.xreplace(self.values)))
+            elif given.role in (Role.SEQUENCE, Role.FORM):
+                for axis in given.seq_axes:
+                    value = value.detach().index_select(axis, rows.to(value.device))
+                args.append(value)
+            else:
+                args.append(value)
+        return args
+
+
+def _meaningful(analyzed: Analyzed, args: Sequence[Any]) -> dict[int, torch.Tensor]:
+    """By output, a mask of the entries that mean something where padding leaves rows without keys."""
+    out = {}
+    for k, node in enumerate(analyzed.outputs):
+        fact = analyzed.fact(node) if isinstance(node, fx.Node) and node in analyzed.steps else None
+        if fact is None or fact.valid == sympy.true:
+            continue
+        values = _Values(analyzed.captured.module, args)
+        leaves = {f"v_{n.name}": values.of(n) for n in analyzed.steps if f"v_{n.name}" in str(fact.valid)}
+        out[k] = _mask(fact, values.of(node), leaves, analyzed.captured, values)
+    return out
+
+
+class _Values(fx.Interpreter):
+    """All values of the captured graph for one call."""
+
+    def __init__(self, module: fx.GraphModule, args: Sequence[Any]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        with torch.no_grad():
+            self.run(*args)
+
+    def of(self, node: fx.Node) -> Any:
+        return self.env[node]
+
+
+def _mask(fact: Fact, value: torch.Tensor, leaves: dict[str, Any], captured: Captured, values: _Values) -> torch.Tensor:
+    shape = []
+    for atom, k in zip(fact.atoms[: fact.real], range(fact.real), strict=True):
+        del k
+        size = atom.size.xreplace({captured.seq: values.of(_length_of(captured))}) if atom.size.free_symbols else atom.size
+        shape.append(int(size) if size.is_number else 1)
+    total = len(shape)
+    symbols: dict[sympy.Basic, Any] = {}
+    for k, atom in enumerate(fact.atoms):
+        if k < total:
+            symbols[index(k)] = torch.arange(shape[k]).view([-1 if j == k else 1 for j in range(total)])
+        else:
+            symbols[index(k)] = 0
+        del atom
+    symbols[captured.seq] = values.of(_length_of(captured))
+    flat = {name: leaf.reshape([d for d in leaf.shape if d != 1] or [1]) for name, leaf in leaves.items()}
+    kept = evaluate(fact.valid, symbols, flat)
+    return torch.as_tensor(kept).expand(shape).reshape(value.shape)
+
+
+def _length_of(captured: Captured) -> fx.Node:
+    return next(
+        n for n in captured.module.graph.nodes if n.op == "placeholder" and not isinstance(n.meta["val"], torch.Tensor)
+        and sym(n.meta["val"]) == captured.seq
+    )  # fmt: skip
+
+
+def _difference(found: Any, expected: Any, meaningful: torch.Tensor | None) -> str:
+    """What is wrong with an output, or an empty text."""
+    if not isinstance(expected, torch.Tensor):
+        return "" if found == expected else f"{found!r} instead of {expected!r}"
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return f"{found.dtype}{tuple(found.shape)} instead of {expected.dtype}{tuple(expected.shape)}"
+    if meaningful is not None:
+        found, expected = found[meaningful], expected[meaningful]
+    if not expected.numel():
+        return ""
+    if not expected.dtype.is_floating_point:
+        wrong = int((found != expected).sum())
+        return f"{wrong} of {expected.numel()} entries differ" if wrong else ""
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return "NaN in other places"
+    a, b = found.double().nan_to_num(), expected.double().nan_to_num()
+    error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+    limit = TOLERANCE.get(expected.dtype, 1e-1)
+    return f"relative error {error:.2e} (at most {limit:.0e} is expected)" if error > limit else ""

@@ -1,0 +1,148 @@
+"""The words that the whole compiler uses: what has been learnt at each stage, and the attention node.
+
+Data flows one way: `Captured` -> `Analyzed` -> `Plan` -> `Incremental` -> `Program`. The first and the vocabulary shared
+by several levels stand here; the others stand beside the pass that makes them.
+
+Letters for sizes, everywhere: ``B`` batch, ``H`` query heads, ``K`` key/value heads, ``G = H // K`` group, ``S`` all
+rows, ``P`` cached rows, ``N = S - P`` new rows, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import sympy
+import torch
+from torch import fx
+
+
+class Role(enum.Enum):
+    """What an input of the captured graph is to the cache."""
+
+    SYMBOL = "symbol"  # a size
+    CONSTANT = "constant"  # a parameter, buffer or other tensor of the model: known by identity and version
+    SEQUENCE = "sequence"  # has the sequence axis: its rows are the key
+    FORM = "form"  # a [S, S] mask whose closed form was recognised; compared with it at every call
+    CONTEXT = "context"  # everything else: its bytes are part of the key of every row
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder. ``seq_axes`` are its sequence axes, ``batch_axis`` the batch axis or None."""
+
+    name: str
+    index: int
+    role: Role
+    source: str = ""
+    seq_axes: tuple[int, ...] = ()
+    batch_axis: int | None = None
+    form: sympy.Basic | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A functional ATen graph with symbolic sizes.
+
+    Attributes:
+        module: the graph; outputs are a flat tuple.
+        inputs: one entry per placeholder, in order.
+        seq: symbol of the sequence's length. ``batch``: size of the batch, a symbol or a number.
+        constants: by placeholder name, the real tensors whose identity the graph may rely on.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    seq: sympy.Symbol
+    batch: sympy.Expr
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def of(self, *roles: Role) -> list[Input]:
+        return [i for i in self.inputs if i.role in roles]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention, the waist between analysis and code generation.
+
+    ``out[b, h, i] = sum_j softmax_j(score(q[b, h, i] . k[b, h // group, j]))[j] * v[b, h // group, j]`` over the ``j``
+    inside ``support``. The reference interpreter, `kvpass.kernels.reference`, is its definition.
+
+    Attributes:
+        heads, kv_heads: ``H`` and ``K``; ``group`` query heads share one key/value head.
+        head_size, value_size: ``D`` of queries and keys, and of values.
+        dtype: of queries, keys and values.
+        scale: multiplies the raw score before ``score``.
+        score: expression over ``score`` and the indices ``b h i j`` (rows, not offsets), and loads ``name(b, h, i, j)``.
+        support: predicate over ``b h i j`` outside which a key is not seen. ``i`` and ``j`` are rows.
+        loads: the tensors that ``score`` and ``support`` read, by name.
+        softmax_dtype: in which the normaliser is computed.
+        empty_is_nan: a row that sees no key is NaN (a spelled-out softmax over -inf) instead of zero (ATen's SDPA).
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    dtype: torch.dtype
+    scale: float
+    score: sympy.Expr
+    support: sympy.Basic
+    loads: tuple[str, ...] = ()
+    softmax_dtype: torch.dtype | None = None
+    empty_is_nan: bool = False
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def mask(self) -> str:
+        """The support as text, ``True`` where every key is seen."""
+        return str(self.support)
+
+    def __str__(self) -> str:
+        return (
+            f"attention(heads={self.heads}, kv_heads={self.kv_heads}, head_size={self.head_size}, "
+            f"value_size={self.value_size}, dtype={str(self.dtype).removeprefix('torch.')}, scale={self.scale:.6g}, "
+            f"score={self.score}, support={self.support})"
+        )
+
+
+SCORE = sympy.Symbol("score", real=True)
+B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741
+
+
+class KernelOps(Protocol):
+    """What an incremental graph calls on the pools; `kvpass.kernels.ops` says what each does."""
+
+    @staticmethod
+    def append(pool: torch.Tensor, rows: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, before: int) -> torch.Tensor: ...
+
+    @staticmethod
+    def read(pool: torch.Tensor, table: torch.Tensor, length: int, before: int) -> torch.Tensor: ...
+
+    @staticmethod
+    def visible(
+        support: sympy.Basic,
+        start: int,
+        rows: int,
+        device: torch.device,
+        heads: int,
+        names: tuple[str, ...],
+        loads: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor | None: ...
+
+    @staticmethod
+    def attention(
+        spec: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        start: int,
+        names: tuple[str, ...],
+        loads: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor: ...

@@ -1,0 +1,26 @@
+"""One compiled program and one cache: match, run, commit."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvpass.cache import Cache
+
+_lock = threading.Lock()
+_default: Cache | None = None
+
+
+def default_cache() -> Cache:
+    """The process-wide cache, made at first use: 1 GiB, pages of 64 rows, LRU."""
+    global _default
+    with _lock:
+        if _default is None:
+            from kvpass.cache import Cache
+
+            _default = Cache()
+        return _default
+
+
+__all__ = ["default_cache"]

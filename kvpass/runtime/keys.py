@@ -1,0 +1,84 @@
+"""What a row is known by: the bytes of every sequence input at that row, and the digest of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpass.ir import Captured, Input, Role
+
+
+class Keys:
+    """How to take keys from the arguments of a captured graph."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.sequences = captured.of(Role.SEQUENCE)
+        self.contexts = captured.of(Role.CONTEXT)
+        self.forms = captured.of(Role.FORM)
+        head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
+        self.signature = repr(head).encode()
+        lead = self.sequences[0]
+        self.lead, self.lead_axis = lead.index, lead.seq_axes[0]
+
+    def length(self, args: Sequence[Any]) -> int:
+        """``S`` of a call."""
+        return int(args[self.lead].shape[self.lead_axis])
+
+    def batch(self, args: Sequence[Any]) -> int:
+        """``B`` of a call: the largest batch axis among its inputs."""
+        axes = [(i.index, i.batch_axis) for i in self.sequences if i.batch_axis is not None]
+        return max((int(args[k].shape[axis]) for k, axis in axes), default=1)
+
+    def rows(self, args: Sequence[Any]) -> tuple[list[bytes], int]:
+        """For each sequence of the batch the bytes of all its rows, and how many bytes a row has."""
+        batch, length = self.batch(args), self.length(args)
+        tables = [_table(args[i.index], i, batch, length) for i in self.sequences]
+        for given in self.contexts:
+            if given.batch_axis is not None:
+                tables.append(_own_context(args[given.index], batch, length))
+        table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
+        return [row.tobytes() for row in table], table.shape[2]
+
+    def context(self, args: Sequence[Any]) -> bytes:
+        """Digest of what the whole batch shares."""
+        digest = hashlib.sha256(self.signature)
+        for given in self.contexts:
+            if given.batch_axis is None:
+                digest.update(tensor_bytes(args[given.index]))
+        for given in self.sequences:
+            digest.update(f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1:])}".encode())
+        return digest.digest()
+
+
+def tensor_bytes(value: Any) -> bytes:
+    """Dtype, shape and contents of a tensor, or the text of a number."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value).encode()
+    plain = value.detach().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return f"{plain.dtype}{tuple(plain.shape)}".encode() + data
+
+
+def _table(tensor: torch.Tensor, given: Input, batch: int, length: int) -> np.ndarray:
+    """uint8 ``[B, S, width]`` of one sequence input."""
+    plain = tensor.detach()
+    axis = given.seq_axes[0]
+    if given.batch_axis is None and plain.dim() == axis + 1 and plain.numel() == length:
+        plain = plain.reshape(1, length)
+    elif given.batch_axis is None:
+        plain = plain.movedim(axis, 0).reshape(1, length, -1)
+    elif axis != 1:
+        plain = plain.movedim(axis, 1)
+    plain = plain.cpu().contiguous()
+    table = plain.reshape(plain.shape[0], length, -1).view(torch.uint8).numpy()
+    return table if table.shape[0] == batch else np.broadcast_to(table, (batch, *table.shape[1:]))
+
+
+def _own_context(value: torch.Tensor, batch: int, length: int) -> np.ndarray:
+    """The digest of each sequence's own part of a context, at each of its rows."""
+    digests = [np.frombuffer(hashlib.sha256(tensor_bytes(part)).digest(), np.uint8) for part in value]
+    return np.broadcast_to(np.stack(digests)[:, None, :], (batch, length, 32))

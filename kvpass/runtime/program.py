@@ -1,0 +1,167 @@
+"""A compiled program: match, pin, run, commit.
+
+State lives in the cache; a program is the incremental graph and the knowledge of how to call it. A call that cannot be
+served from the cache runs the captured model as it was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvpass import errors
+from kvpass.analysis.identity import identities
+from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
+from kvpass.ir import Captured, Role
+from kvpass.kernels.reference import visible
+from kvpass.runtime.keys import Keys
+from kvpass.runtime.weights import Weights
+from kvpass.transforms.rewrite import Incremental
+
+log = logging.getLogger("kvpass")
+Outputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An incremental graph with its slots named for one set of weights."""
+
+    incremental: Incremental
+    weights: Weights
+    table: SlotTable
+
+
+class Program:
+    """What `torch.compile` calls.
+
+    Args:
+        captured: the functional graph.
+        incremental: its rewriting.
+        plain: the model as it was written.
+        rebuild: makes the rewriting anew, for constants whose contents the proof had used.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        incremental: Incremental,
+        plain: Callable[..., Any],
+        cache: Cache,
+        rebuild: Callable[[Captured], Incremental],
+    ) -> None:
+        self.captured, self.plain, self.cache, self._rebuild = captured, plain, cache, rebuild
+        self.keys = Keys(captured)
+        self._places = [i.index for i in captured.of(Role.CONSTANT)]
+        self._names = [i.name for i in captured.of(Role.CONSTANT)]
+        self._lock = threading.Lock()
+        self._warned: set[str] = set()
+        self.refusal: errors.Refusal | None = None
+        self._bound: Bound | None = self._bind(incremental, Weights(captured.constants))
+
+    @property
+    def incremental(self) -> Incremental | None:
+        return None if self._bound is None else self._bound.incremental
+
+    def __call__(self, *args: Any) -> Outputs:
+        bound = self._current(args)
+        if bound is None or not self._forms_hold(args):
+            return self._plainly(args)
+        rows, width = self.keys.rows(args)
+        length = self.keys.length(args)
+        limit = length - bound.incremental.plan.tail
+        if limit < 0:
+            return self._plainly(args)
+        lease = self.cache.begin(bound.table, rows, width, self.keys.context(args), limit=limit)
+        if not lease.stored:
+            self._warn("capacity", str(errors.CapacityTooSmall(detail=lease.reason)))
+            return self._plainly(args)
+        with lease:
+            return run(bound.incremental, args, lease)
+
+    def _plainly(self, args: Sequence[Any]) -> Outputs:
+        return tuple(self.plain(*args))
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning("%s", text)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def _current(self, args: Sequence[Any]) -> Bound | None:
+        """The binding to the weights as they are now."""
+        tensors = tuple(args[k] for k in self._places)
+        bound = self._bound
+        if bound is not None and bound.weights.same(tensors):
+            return bound
+        with self._lock:
+            bound = self._bound
+            if bound is None or bound.weights.same(tensors):
+                return bound
+            self._bound = self._rebind(bound, dict(zip(self._names, tensors, strict=True)))
+            return self._bound
+
+    def _rebind(self, old: Bound, constants: dict[str, torch.Tensor]) -> Bound | None:
+        weights = Weights(constants)
+        facts = {node.name: step.fact for node, step in old.incremental.plan.analyzed.steps.items()}
+        if not any(facts[name].expr is not None for name in weights.changed(old.weights)):
+            return self._bind(old.incremental, weights)
+        captured = Captured(
+            self.captured.module, self.captured.inputs, self.captured.seq, self.captured.batch, constants
+        )
+        try:
+            return self._bind(self._rebuild(captured), weights)
+        except errors.Refusal as refusal:
+            self.refusal = refusal
+            log.warning("%s", refusal)
+            return None
+
+    def _bind(self, incremental: Incremental, weights: Weights) -> Bound:
+        plan = incremental.plan
+        names = identities(plan.analyzed, weights.digests)
+        slots = [
+            SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots
+        ]
+        return Bound(incremental, weights, self.cache.register(slots))
+
+    def _forms_hold(self, args: Sequence[Any]) -> bool:
+        """Masks that the caller passes must still be what was proved of them."""
+        for given in self.keys.forms:
+            if not form_holds(args[given.index], given.form):
+                self._warn(given.name, f"{given.source} is no longer {given.form}: the call runs without the cache")
+                return False
+        return True
+
+
+def form_holds(mask: torch.Tensor, form: Any) -> bool:
+    """True where a ``[.., S, S]`` tensor is the closed form, over ``x0`` and ``x1``, in every entry."""
+    from kvpass.analysis.facts import index
+    from kvpass.kernels.reference import evaluate
+
+    rows = mask.reshape(mask.shape[-2:]) if mask.dim() >= 2 else mask
+    size = rows.shape[0]
+    symbols = {
+        index(0): torch.arange(size, device=mask.device).unsqueeze(1),
+        index(1): torch.arange(size, device=mask.device).unsqueeze(0),
+    }
+    value = evaluate(form, symbols, {})
+    expected = torch.as_tensor(value, device=mask.device).expand(size, size)
+    return bool(torch.equal(expected.to(mask.dtype), rows))
+
+
+def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
+    """One call of the incremental graph on the pages of a lease."""
+    extra: list[Any] = [lease.length, lease.start]
+    for k in range(len(incremental.plan.slots)):
+        extra.extend(lease.slot(k))
+    with torch.no_grad():
+        outputs: Outputs = incremental.module(*args, *extra)
+    return outputs
+
+
+__all__ = ["Bound", "Program", "form_holds", "run", "visible"]

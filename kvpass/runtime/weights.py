@@ -1,0 +1,81 @@
+"""Weights by identity: what they are, and whether they still are.
+
+A stored row is only right for the weights that made it. Each constant is known by the SHA-256 of its contents; per call
+a change is noticed by the storage's address, by the version counter that every in-place op moves, and, since
+``p.data.mul_()`` moves no counter that can be seen from ``p``, by a sample of the contents.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kvpass.analysis.identity import digest_of
+
+_SAMPLES = 8  # entries of each constant that are looked at in every call
+_lock = threading.Lock()
+_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (address, version, sample, digest)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _peek(tensor: torch.Tensor) -> np.ndarray | None:
+    """A view of some entries, spread over a tensor; None where that would cost a copy."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0 or tensor.is_quantized:
+        return None
+    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())
+    step = max(1, len(flat) // _SAMPLES)
+    return flat[step // 2 :: step][:_SAMPLES].reshape(-1) if step == 1 else _strided(flat, step)
+
+
+def _strided(flat: np.ndarray, step: int) -> np.ndarray:
+    view: np.ndarray = flat[step // 2 :: step][:_SAMPLES]
+    return view
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    """The content digest of a constant, computed again only where it may have changed."""
+    peek = _peek(tensor)
+    mark = (tensor.data_ptr(), _version(tensor), b"" if peek is None else peek.tobytes())
+    with _lock:
+        known = _digests.get(tensor)
+    if known is not None and known[0] == mark:
+        return known[1]  # type: ignore[no-any-return]
+    digest = digest_of(tensor)
+    with _lock:
+        _digests[tensor] = (mark, digest)
+    return digest
+
+
+class Weights:
+    """The constants of one program as they were when its slots were named."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.names = tuple(tensors)
+        self.tensors = tuple(tensors.values())
+        self.digests = {name: content(tensor) for name, tensor in tensors.items()}
+        self._marks = self._now()
+        self._peeks = [p for p in map(_peek, self.tensors) if p is not None]
+        self._sample = self._look()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), _version(t)) for t in self.tensors]
+
+    def _look(self) -> bytes:
+        return np.concatenate([p.reshape(-1) for p in self._peeks]).tobytes() if self._peeks else b""
+
+    def same(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """True where these are the same tensors with the contents that they had."""
+        if any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
+            return False
+        return self._now() == self._marks and self._look() == self._sample
+
+    def changed(self, other: Weights) -> list[str]:
+        """The constants whose contents differ from those of ``other``."""
+        return [name for name in self.names if self.digests[name] != other.digests[name]]

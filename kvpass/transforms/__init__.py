@@ -1,0 +1,1 @@
+"""Graph to graph: normalise, recognise, plan the cut, rewrite."""

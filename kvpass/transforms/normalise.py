@@ -1,0 +1,105 @@
+"""Remove what means nothing and spell what means the same the same way, before anything is analysed.
+
+Identities go (clones, detaches, switched-off dropout, casts to the same dtype), ops with several outputs that are
+only slices become slices, assertions on static metadata go. The rules and the rewrite then meet fewer spellings.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.analysis.sweep import sym
+
+aten = torch.ops.aten
+
+_IDENTITIES = (
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+    aten.positive.default,
+)
+_ASSERTIONS = (aten._assert_tensor_metadata.default,)
+
+
+def normalise(module: fx.GraphModule) -> None:
+    """Rewrite the graph in place; every new node carries ``meta['val']`` and the user's line."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten._to_copy.default, (node.args[0],)
+            node.kwargs = {"dtype": node.meta["val"].dtype}
+        elif node.target in _SPLITS:
+            _replace_pieces(graph, node, _SPLITS[node.target])
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target in _IDENTITIES:
+        return True
+    if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+        return not node.args[2] or node.args[1] == 0.0
+    if node.target in (aten._to_copy.default, aten.to.dtype):
+        source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        return bool(source.dtype == result.dtype and source.device == result.device)
+    if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
+        source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
+    return False
+
+
+def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
+    """The axis of a split and the length of each piece, from the shapes that were traced."""
+    x, axis = node.args[0].meta["val"], _axis(node)  # type: ignore[union-attr]
+    return axis % x.dim(), [piece.shape[axis] for piece in node.meta["val"]]
+
+
+def _axis(node: fx.Node) -> int:
+    return int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+
+
+def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
+    """``split`` and a ``getitem`` become a ``slice``; ``unbind`` and a ``getitem`` a ``select``."""
+    if unbind:
+        axis, sizes = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)), []  # type: ignore[arg-type]
+    else:
+        axis, sizes = _pieces_of_split(node)
+        if not all(isinstance(size, int) for size in sizes):
+            return
+    for user in list(node.users):
+        if user.target is not operator.getitem:
+            return
+    for user in list(node.users):
+        k = user.args[1]
+        with graph.inserting_before(user):
+            if unbind:
+                new = graph.call_function(aten.select.int, (node.args[0], axis, k))
+            else:
+                start = sum(sizes[:k])  # type: ignore[misc]
+                new = graph.call_function(aten.slice.Tensor, (node.args[0], axis, start, start + sizes[k]))  # type: ignore[index]
+        new.meta = {**node.meta, **user.meta}
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+_SPLITS: dict[Callable[..., Any], bool] = {
+    aten.split.Tensor: False,
+    aten.split_with_sizes.default: False,
+    aten.chunk.default: False,
+    aten.unbind.int: True,
+}

@@ -1,0 +1,314 @@
+"""Demand and cut: which rows of which value are needed, and what must be remembered so that no row is computed twice.
+
+A value is asked for its *new* rows or for *all* rows, per sequence axis. The backward sweep starts from what the caller
+gets. A row value that is asked for all its rows is where the past is needed: somewhere between the inputs and that
+value something must be stored. A minimum cut chooses what: the fewest bytes per row, as near to the demand as possible,
+among the values whose rows are *proved* to depend on nothing but the rows up to their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+
+import networkx as nx
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from kvpass import errors
+from kvpass.analysis.expressions import implies
+from kvpass.analysis.facts import Atom, Fact, Kind, index
+from kvpass.analysis.sweep import Analyzed, Step, source_of
+
+aten = torch.ops.aten
+Demand = frozenset[int]  # the SEQ atoms of a value that are asked for all rows; the others for the new ones
+NEW: Demand = frozenset()
+
+_HEAVY = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+    aten.scaled_dot_product_attention.default,
+    aten.embedding.default,
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stored value.
+
+    Attributes:
+        node: the value in the captured graph. ``row``: its sequence axis; ``batch``: its batch axis or None.
+        before, after: sizes of a row's axes before and after the sequence axis, without the batch and size-one axes.
+        is_output: the caller gets all its rows.
+    """
+
+    node: fx.Node
+    row: int
+    batch: int | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dtype: torch.dtype
+    is_output: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.before + self.after
+
+    @property
+    def bytes_per_row(self) -> int:
+        size = self.dtype.itemsize
+        for d in self.shape:
+            size *= d
+        return size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to store and how to ask for it.
+
+    Attributes:
+        slots: in graph order.
+        free: values that are cheap to rebuild from the inputs for all rows.
+        tail: at least this many of the last rows must be computed in every call.
+    """
+
+    analyzed: Analyzed
+    slots: tuple[Slot, ...]
+    free: frozenset[fx.Node]
+    tail: int
+
+    @property
+    def bytes_per_row(self) -> int:
+        return sum(slot.bytes_per_row for slot in self.slots if not slot.is_output)
+
+    def slot_of(self, node: fx.Node) -> Slot | None:
+        return next((slot for slot in self.slots if slot.node is node), None)
+
+
+def wide(fact: Fact) -> list[int]:
+    """SEQ atoms in axes whose number of entries grows with the sequence."""
+    return [k for k in fact.rows() if not fact.atoms[k].size.is_number]
+
+
+def canonical(demand: Demand, fact: Fact) -> Demand:
+    """A demand without the atoms for which new and all are the same rows."""
+    return demand & frozenset(wide(fact))
+
+
+def demand_of_operand(step: Step, k: int, fact: Fact, demand: Demand) -> Demand:
+    """What operand ``k`` (of this fact) is asked for when the op's result is asked for ``demand``."""
+    asked = set()
+    for atom, link in zip(wide(fact), [step.links[k][a] for a in wide(fact)], strict=True):
+        if link is None or link in step.full or (link in demand and link in wide(step.fact)):
+            asked.add(atom)
+    return frozenset(asked)
+
+
+def plan(analyzed: Analyzed) -> Plan:
+    """Find the slots.
+
+    Raises:
+        Refusal: a row that later rows need is not proved to depend on rows up to its own only.
+    """
+    free = _free_values(analyzed)
+    sweep = _Sweep(analyzed, free)
+    for node in _output_nodes(analyzed):
+        sweep.ask(node, frozenset(wide(analyzed.fact(node))))
+    sweep.run()
+    stored = _cut(analyzed, free, sweep.sinks)
+    outputs = set(_output_nodes(analyzed))
+    order = [n for n in analyzed.steps if n in stored]
+    slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
+    return Plan(analyzed, slots, free, max(1, sweep.tail))
+
+
+def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
+    return [n for n in analyzed.outputs if isinstance(n, fx.Node) and n in analyzed.steps]
+
+
+def _free_values(analyzed: Analyzed) -> frozenset[fx.Node]:
+    free = set()
+    for node, step in analyzed.steps.items():
+        heavy = node.target in _HEAVY and bool(step.fact.deps or step.fact.whole)
+        if not heavy and all(operand in free for operand in step.operands):
+            free.add(node)
+    return frozenset(free)
+
+
+class _Sweep:
+    """The backward sweep: every (value, demand) that is reached, and the values that are asked for all rows."""
+
+    def __init__(self, analyzed: Analyzed, free: frozenset[fx.Node]) -> None:
+        self.analyzed, self.free = analyzed, free
+        self.seen: set[tuple[fx.Node, Demand]] = set()
+        self.todo: list[tuple[fx.Node, Demand]] = []
+        self.sinks: dict[fx.Node, None] = {}
+        self.only_output: set[fx.Node] = set()
+        self.tail = 0
+
+    def ask(self, node: fx.Node, demand: Demand) -> None:
+        demand = canonical(demand, self.analyzed.fact(node))
+        if (node, demand) not in self.seen:
+            self.seen.add((node, demand))
+            self.todo.append((node, demand))
+
+    def run(self) -> None:
+        outputs = {node for node, _ in self.todo}
+        self.only_output = set(outputs)
+        while self.todo:
+            node, demand = self.todo.pop()
+            if demand and node in self.free:
+                continue
+            if demand and demand == frozenset(wide(self.analyzed.fact(node))):
+                self._all_rows(node, demand)
+            else:
+                self._through(node, demand)
+
+    def _all_rows(self, node: fx.Node, demand: Demand) -> None:
+        if len(demand) > 1:
+            raise errors.NotIncremental(detail="pairs of rows are needed for all rows at once").at(
+                node.name, source_of(node)
+            )
+        self.sinks[node] = None
+        self.ask(node, NEW)
+
+    def _through(self, node: fx.Node, demand: Demand) -> None:
+        step = self.analyzed.steps[node]
+        self._note_tail(step)
+        for k, operand in enumerate(step.operands):
+            asked = demand_of_operand(step, k, self.analyzed.fact(operand), demand)
+            if asked:
+                self.only_output.discard(operand)
+            self.ask(operand, asked)
+
+    def _note_tail(self, step: Step) -> None:
+        for atom in step.fact.atoms:
+            if atom.kind is Kind.SEQ and atom.size.is_number and not atom.start.is_number:
+                back = sympy.expand(self.analyzed.captured.seq - atom.start)
+                self.tail = max(self.tail, int(back) if back.is_number else 0)
+
+
+# -- the cut --------------------------------------------------------------------------------------------------------
+
+
+def _cut(analyzed: Analyzed, free: frozenset[fx.Node], sinks: dict[fx.Node, None]) -> set[fx.Node]:
+    """The cheapest storable values that separate every heavy computation from every demand for all rows."""
+    graph: nx.DiGraph = nx.DiGraph()
+    for sink in sinks:
+        graph.add_edge((sink, "out"), "demand")
+        _grow(analyzed, free, graph, sink)
+        _check_separable(graph, analyzed, sink)
+    if not sinks:
+        return set()
+    _, (far, near) = nx.minimum_cut(graph, "work", "demand")  # of several minimum cuts the one nearest to the demand
+    return {place[0] for place in near if place != "demand" and place[1] == "out" and (place[0], "in") in far}
+
+
+def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink: fx.Node) -> None:
+    """Add the values behind a demand, up to the heavy ops."""
+    graph.add_node("work")
+    todo = [sink]
+    while todo:
+        node = todo.pop()
+        if (node, "in") in graph:
+            continue
+        cost = _cost(analyzed, node)
+        graph.add_edge((node, "in"), (node, "out"), **({} if cost == inf else {"capacity": cost}))
+        if node.target in _HEAVY:
+            graph.add_edge("work", (node, "in"))
+            continue
+        for operand in analyzed.steps[node].operands:
+            if operand not in free:
+                graph.add_edge((operand, "out"), (node, "in"))
+                todo.append(operand)
+
+
+def _cost(analyzed: Analyzed, node: fx.Node) -> float:
+    fact = analyzed.fact(node)
+    if next(_obstacles(analyzed, node, fact), None) is not None:
+        return inf
+    size = sympy.Mul(*(a.size for a in fact.atoms if a.kind is Kind.FREE))
+    return int(size) * fact.dtype.itemsize
+
+
+def _check_separable(graph: nx.DiGraph, analyzed: Analyzed, sink: fx.Node) -> None:
+    """Raise if some heavy computation reaches the sink without passing a storable value."""
+    seen, todo = set(), [(sink, "out")]
+    while todo:
+        here = todo.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        for there, _, data in graph.in_edges(here, data=True):
+            if "capacity" in data:
+                continue
+            if there == "work":
+                _refuse(analyzed, sink, here[0])
+            todo.append(there)
+
+
+def _refuse(analyzed: Analyzed, sink: fx.Node, node: fx.Node) -> None:
+    for value in (node, sink):
+        fact = analyzed.fact(value)
+        for refusal in _obstacles(analyzed, value, fact):
+            raise refusal
+    raise errors.NotIncremental(detail=f"{sink.name} needs all rows of {node.name}, which cannot be stored").at(
+        sink.name, source_of(sink)
+    )
+
+
+def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors.Refusal]:
+    """Why a value may not be stored. None of these: row ``i`` is a function of the inputs' rows up to ``i``."""
+    for _, cause in fact.tainted():
+        place = next((n for n in analyzed.steps if n.name == cause.node), node)
+        refusal = cause.error(detail=cause.why)
+        yield refusal.at(cause.node, source_of(place))
+    yield from (e.at(node.name, source_of(node)) for e in _shape_obstacles(analyzed, fact))
+    if not fact.valid.free_symbols <= set().union(*(f.free_symbols for f in fact.valid.atoms(AppliedUndef)), set()):
+        yield errors.EmptyRow(detail=f"rows are meaningful only where {fact.valid}").at(node.name, source_of(node))
+
+
+def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]:
+    rows = fact.rows()
+    if len(rows) != 1 or fact.atoms[rows[0]].size != analyzed.captured.seq or fact.atoms[rows[0]].start != 0:
+        yield errors.NotIncremental(detail=f"a value of axes {fact} is not a table of one row per position")
+        return
+    own = rows[0]
+    for dim in fact.dims:
+        if len(dim) > 1 and any(atom.kind is not Kind.FREE for atom in dim):
+            yield errors.NotIncremental(detail=f"in {fact} the sequence is merged with another axis")
+    for k in fact.deps - {own}:
+        if not implies(sympy.true, sympy.Le(fact.position(k), fact.position(own))):
+            yield errors.DependsOnFuture(detail=f"row {index(own)} depends on row {fact.position(k)}")
+    for atom in fact.atoms:
+        if atom.kind is Kind.FREE and not atom.size.is_number:
+            yield errors.NotIncremental(detail=f"a row's size is not constant: {fact}")
+
+
+def _slot(analyzed: Analyzed, node: fx.Node, is_output: bool) -> Slot:
+    fact = analyzed.fact(node)
+    row = next(d for d, dim in enumerate(fact.dims) if any(a.kind is Kind.SEQ for a in dim))
+    batch = next((d for d, dim in enumerate(fact.dims) if any(a.kind is Kind.BATCH for a in dim)), None)
+
+    def sizes(dims: range) -> tuple[int, ...]:
+        out = [int(_size(fact.dims[d])) for d in dims if d not in (row, batch)]
+        return tuple(size for size in out if size != 1)
+
+    return Slot(node, row, batch, sizes(range(row)), sizes(range(row + 1, len(fact.dims))), fact.dtype, is_output)
+
+
+def _size(dim: tuple[Atom, ...]) -> sympy.Expr:
+    return sympy.Mul(*(atom.size for atom in dim))
