@@ -91,7 +91,9 @@ class Machine(RuleBasedStateMachine):
     def batch(self, program: int, pick: int, cut: int, context: bytes, data: Any) -> None:
         old = self.history[pick % len(self.history)][:16]
         old = old[: cut % (len(old) + 1)]
-        tails = data.draw(st.lists(st.tuples(*[st.integers(0, 1)] * data.draw(st.integers(1, 4))), min_size=2, max_size=4))
+        tails = data.draw(
+            st.lists(st.tuples(*[st.integers(0, 1)] * data.draw(st.integers(1, 4))), min_size=2, max_size=4)
+        )
         self.call(program, [old + list(tail) for tail in tails], context, compute_now=True)
 
     @precondition(lambda self: self.open)
@@ -155,7 +157,9 @@ class Wide(Machine):
 
 def _common(left: bytes, right: bytes, width: int) -> int:
     size = min(len(left), len(right)) // width
-    return next((i for i in range(size) if left[i * width : (i + 1) * width] != right[i * width : (i + 1) * width]), size)
+    return next(
+        (i for i in range(size) if left[i * width : (i + 1) * width] != right[i * width : (i + 1) * width]), size
+    )
 
 
 MANY = settings(
@@ -167,3 +171,4 @@ TestGrowing = Growing.TestCase
 TestWide = Wide.TestCase
 for _case in (TestAmple, TestSmall, TestGrowing, TestWide):
     _case.settings = MANY
+del _case
