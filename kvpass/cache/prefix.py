@@ -191,7 +191,9 @@ class Tree:
         return tree
 
     def _enter(self, node: Node) -> None:
-        family = self.families.setdefault(node.before, Family())
+        family = self.families.get(node.before)
+        if family is None:
+            family = self.families[node.before] = Family()
         place = bisect_left(family.rows, node.rows)
         family.rows.insert(place, node.rows)
         family.nodes.insert(place, node)

@@ -163,7 +163,7 @@ def _common(left: bytes, right: bytes, width: int) -> int:
 
 
 MANY = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )  # fmt: skip
 TestAmple = Machine.TestCase
 TestSmall = Small.TestCase
