@@ -98,6 +98,16 @@ def test_the_batch_starts_where_its_shortest_match_ends() -> None:
     assert held(cache, table, [0, 1, 2, 50, 51, 52, 53, 54, 55]) == 9
 
 
+def test_one_row_of_a_batch_extends_a_page_and_the_others_copy_it() -> None:
+    cache, table = make()
+    run(cache, table, [[1, 2]])
+    batch = [[1, 2, 3], [1, 2, 4], [1, 2, 5]]
+    assert run(cache, table, batch) == 2
+    cache._check()
+    assert cache.stats().pages_used == 3
+    assert [held(cache, table, row) for row in batch] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("other", [{"context": b"x"}, {"width": 9}])
 def test_context_and_width_separate(other: dict[str, bytes | int]) -> None:
     cache, table = make()
