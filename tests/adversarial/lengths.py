@@ -9,10 +9,17 @@ from tests.adversarial.base import MAX_ROWS, SIZE, Model, grid
 
 
 class LogLength(Model):
-    """Hidden states are scaled by the logarithm of the length."""
+    """Hidden states are scaled by the logarithm of the length, taken by Python."""
 
     def mix(self, x: Tensor) -> Tensor:
         return x * math.log(x.shape[1])
+
+
+class LogLengthInTheGraph(Model):
+    """The same, computed by the graph."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x * torch.ones_like(x[0, :, 0]).sum().log()
 
 
 class DividedByLength(Model):
