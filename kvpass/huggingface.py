@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+from unittest import mock
 
 import torch
 
@@ -72,7 +72,7 @@ def load_gguf(name: str, digest: str, locate: Callable[[Path], Path]) -> Loaded:
     return _read(kept_folder(name, key, functools.partial(_convert, locate)))
 
 
-def import_transformers() -> ModuleType:
+def import_transformers() -> Any:
     """transformers, offline and without progress bars and notices.
 
     Raises:
@@ -83,10 +83,12 @@ def import_transformers() -> ModuleType:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         import transformers
+        from transformers.utils import logging
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'kvpass[demo]'") from error
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet: Any = logging  # untyped
+    quiet.disable_progress_bar()
+    quiet.set_verbosity_error()
     return transformers
 
 
@@ -129,12 +131,9 @@ def _parsed_once() -> Iterator[None]:
     """Let transformers share one reader of a GGUF file; it makes three, of 10 s each for a vocabulary of 49,152."""
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
-    try:
+    once = functools.lru_cache(maxsize=1)(gguf.GGUFReader)
+    with mock.patch.object(gguf, "GGUFReader", once):
         yield
-    finally:
-        gguf.GGUFReader = reader
 
 
 @contextlib.contextmanager

@@ -48,7 +48,8 @@ def kept_folder(name: str, key: str, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise InputError(f"cannot write to {folder.parent} ({error.strerror}); XDG_CACHE_HOME names another folder")
+        reason = f"cannot write to {folder.parent} ({error.strerror}); XDG_CACHE_HOME names another folder"
+        raise InputError(reason) from error
     try:
         build(draft)
         _write_digests(draft)

@@ -32,6 +32,7 @@ LEVELS = {
     "huggingface": 5,
     "demos": 5,
     "demo": 5,
+    "weights": 5,
     "__main__": 5,
     "": 5,
 }
