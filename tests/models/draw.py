@@ -25,7 +25,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "mask_from": ("arange", *(m for m in MASK_SOURCES if m != "arange")),
     "width": (4, 1, 2, 3, 7, 16),
     "alternate": (False, False, True),
-    "layers": (1, 2, 2, 3),
+    "layers": (1, 2, 1, 2, 3),
     "heads": HEADS,
     "head_size": HEAD_SIZES,
     "norm": NORMS,

@@ -36,18 +36,18 @@ STEPS: dict[str, Step] = {
     **{f"mutate_{how}": lambda s, how=how: s.mutate(how) for how in MUTATIONS},  # type: ignore[misc]
 }
 
-COSTLY = ("batch", "duplicate", "grow_batch", "padded_batch", "inference")
-"""Steps that make Dynamo compile again; half of the histories do without."""
+BATCHES = ("batch", "duplicate", "grow_batch", "padded_batch")
+COSTLY = (*BATCHES, "inference", "fresh_1")
+"""Steps that make Dynamo compile once more; a third of the histories does without, a third has only those of batches."""
 
 Compile = Callable[[Transformer], tuple[Model, CacheLike]]
 
 
 def draw_steps(seed: int, count: int) -> list[str]:
-    """`count` names of steps. Growing by one is every second step, as it is in decoding."""
+    """`count` names of steps. Growing by one is every third step at least, as it is in decoding."""
     chance = random.Random(seed)
-    names = [name for name in STEPS if chance.random() < 0.5 or name not in COSTLY]
-    if seed % 2:
-        names = [name for name in names if name not in COSTLY]
+    costly: tuple[str, ...] = ((), BATCHES, ("inference", "fresh_1"))[seed % 3]
+    names = [name for name in STEPS if name not in COSTLY or name in costly]
     others = chance.choices(names, k=count)
     return [name if chance.random() < 0.6 else "grow_1" for name in others]
 

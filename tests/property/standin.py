@@ -22,7 +22,7 @@ class Counts:
 
 
 class Memo:
-    """Answers like the model and keeps the books of a perfect cache: every row that was seen counts as reused.
+    """Answers like the model and keeps the books of a perfect cache: every row of a text that was seen is reused.
 
     Args:
         forgets: keeps the books of a compiler that never reuses anything.
@@ -53,7 +53,8 @@ class Memo:
         length = texts.shape[1]
         keys = [[_key(t[: i + 1], m[: i + 1]) for i in range(length)] for t, m in zip(texts, mask, strict=True)]
         cached = min(sum(key in self.seen for key in row) for row in keys)
-        self.seen.update(key for row in keys for key in row)
+        if length > 1:
+            self.seen.update(key for row in keys for key in row)
         self.counts = replace(self.counts, rows_computed=self.counts.rows_computed + length - cached)
         return answer
 
