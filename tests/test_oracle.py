@@ -92,9 +92,14 @@ def test_an_argument_that_was_written_to_is_seen() -> None:
 # --- faults in the answer --------------------------------------------------------------------------------------------
 
 
-# One layer that returns its last row only has no future to see, and `is_causal` has no mask to shift.
+# One layer that returns its last row only has no future to see, and `is_causal` has no mask to shift. In bfloat16 a
+# single key of many may drown in the rounding, so nothing is claimed there.
 DRAWN = [random_config(seed, output="all") for seed in range(50)]
-MASKED = [config for config in DRAWN if config.spelling != "sdpa_is_causal" and config.width > 1]
+MASKED = [
+    config
+    for config in DRAWN
+    if config.spelling != "sdpa_is_causal" and config.width > 1 and config.dtype != "bfloat16"
+]
 
 
 @pytest.mark.parametrize("config", MASKED, ids=repr)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kvpass
-from tests.models.tolerances import tolerance
+from tests.property.oracle import compare
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
@@ -80,8 +80,7 @@ def test_greedy_is_the_loop_without_a_cache(pretrained: Pretrained) -> None:
     logits = pretrained.model(input_ids=got[:, :-1], use_cache=False).logits
     assert logits[:, ids.shape[1] - 1 :].argmax(-1).tolist() == got[:, ids.shape[1] :].tolist()
     last = fast(input_ids=got[:, :-1], use_cache=False, logits_to_keep=1).logits
-    rtol, atol = tolerance(logits.dtype)
-    torch.testing.assert_close(last, logits[:, -1:], rtol=rtol, atol=10 * atol)
+    compare(last, logits[:, -1:])
 
     stats = cache.stats()
     assert stats.rows_computed <= ids.shape[1] + TOKENS + 1

@@ -38,7 +38,7 @@ STEPS: dict[str, Step] = {
 
 BATCHES = ("batch", "duplicate", "grow_batch", "padded_batch")
 COSTLY = (*BATCHES, "inference", "fresh_1")
-"""Steps that make Dynamo compile once more; a third of the histories does without, a third has only those of batches."""
+"""Steps that make Dynamo compile once more: a third of the histories does without, a third has those of batches."""
 
 Compile = Callable[[Transformer], tuple[Model, CacheLike]]
 

@@ -1,5 +1,6 @@
 """Stand-ins for a compiled model, right and wrong in known ways, on which the sessions themselves are tested."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.models import Transformer
-from tests.property.oracle import clone
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ class Frozen:
     """Computes with the weights as they were at the first call."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
-        self.state = clone(model.state_dict())
+        self.model = copy.deepcopy(model)
 
     def __call__(self, *args: Tensor | None) -> Any:
-        return torch.func.functional_call(self.model, self.state, args, tie_weights=False)
+        return self.model(*args)
 
 
 class Swallowing:
