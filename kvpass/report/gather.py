@@ -1,0 +1,234 @@
+"""From the record of a compilation to a report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import sympy
+import torch
+from torch import fx
+
+from kvpass import errors
+from kvpass.analysis.facts import Fact, Kind, index
+from kvpass.analysis.sweep import Analyzed, source_of, sym
+from kvpass.ir import SCORE, Attention, Captured, I, Input, J, Role
+from kvpass.report.formula import Leaf, Leaves, causality, formula
+from kvpass.report.names import Sizes, display_names, growing, leaves, letters, short
+from kvpass.report.parts import (
+    AttentionReport,
+    GraphReport,
+    InputReport,
+    OutputReport,
+    Record,
+    RefusalReport,
+    SlotReport,
+    incremental_of,
+)
+from kvpass.report.reading import op_name, readings, unrecognised
+from kvpass.transforms.recognise import Recognised, recognise
+from kvpass.transforms.rewrite import Incremental
+
+aten = torch.ops.aten
+_CONTEXT = "its keys are context: no row of the sequence is among them"
+_ROW_LAYOUT = (aten.reshape.default, aten.movedim.int)  # what lays out the rows that were read
+
+
+def graph_report(record: Record) -> GraphReport:
+    """Everything that a report says of one graph."""
+    incremental = incremental_of(record)
+    if incremental is not None:
+        return _rewritten(incremental)
+    refusal = record.refusal or getattr(record.program, "refusal", None)
+    refusals = (refusal_report(refusal),) if refusal is not None else ()
+    if record.captured is None:
+        return GraphReport(False, refusals)
+    captured = record.captured
+    return GraphReport(
+        False,
+        refusals,
+        input_reports(captured),
+        tensors=len(captured.constants),
+        batch=Sizes(captured).text(captured.batch),
+    )
+
+
+def refusal_report(refusal: errors.Refusal) -> RefusalReport:
+    return RefusalReport(**refusal.to_dict())
+
+
+def _rewritten(incremental: Incremental) -> GraphReport:
+    plan, analyzed = incremental.plan, incremental.plan.analyzed
+    found, missed = recognise(analyzed)
+    outputs = output_reports(analyzed)
+    return GraphReport(
+        proven=True,
+        inputs=input_reports(analyzed.captured),
+        outputs=outputs,
+        attention=attention_reports(incremental, found.values()),
+        unrecognised=unrecognised(analyzed, missed),
+        readings=readings(analyzed, found, missed),
+        slots=slot_reports(incremental),
+        tail=plan.tail,
+        hints=(*_own_cache(analyzed), *_unread(incremental)),
+        tensors=len(analyzed.captured.constants),
+        batch=Sizes(analyzed.captured).text(analyzed.captured.batch),
+    )
+
+
+# -- inputs and outputs ---------------------------------------------------------------------------------------------
+
+
+def input_reports(captured: Captured) -> tuple[InputReport, ...]:
+    """Every argument that is neither a weight nor a size."""
+    nodes = {node.name: node for node in captured.module.graph.nodes if node.op == "placeholder"}
+    names, sizes = display_names(captured), Sizes(captured)
+    out = []
+    for given in captured.of(Role.SEQUENCE, Role.FORM, Role.CONTEXT):
+        value = nodes[given.name].meta["val"]
+        shape = sizes.shape(sym(size) for size in value.shape)
+        out.append(InputReport(names[given.name], given.role.value, shape, short(value.dtype), _form(given)))
+    return tuple(out)
+
+
+def _form(given: Input) -> str:
+    """The closed form of a mask that the caller passes, over ``i`` and ``j``."""
+    if given.form is None:
+        return ""
+    return formula(given.form.xreplace({index(0): I, index(1): J}))
+
+
+def output_reports(analyzed: Analyzed) -> tuple[OutputReport, ...]:
+    sizes, known = Sizes(analyzed.captured), leaves(analyzed)
+    out = []
+    for node in analyzed.outputs:
+        if isinstance(node, fx.Node) and node in analyzed.steps:
+            fact = analyzed.fact(node)
+            valid = formula(fact.valid.xreplace(letters(fact)), known)
+            out.append(OutputReport(node.name, sizes.shape(fact.shape()), short(fact.dtype), _rows(fact), valid))
+    return tuple(out)
+
+
+def _rows(fact: Fact) -> str:
+    if growing(fact):
+        return "all"
+    seq = [atom for atom in fact.atoms if atom.kind is Kind.SEQ]
+    return f"last {seq[0].size}" if seq else "none"
+
+
+# -- attention and slots --------------------------------------------------------------------------------------------
+
+
+def lowerings(incremental: Incremental) -> dict[str, str]:
+    """By the captured node that holds an attention's result, what computes it in the incremental graph."""
+    out = {}
+    for node in incremental.module.graph.nodes:
+        static = getattr(node.target, "static", None)
+        if static and isinstance(static[0], Attention):
+            out[incremental.origin.get(node.name, "")] = str(getattr(node.target, "lowering", "reference"))
+    return out
+
+
+def attention_reports(incremental: Incremental, found: Iterable[Recognised]) -> tuple[AttentionReport, ...]:
+    analyzed, lowered = incremental.plan.analyzed, lowerings(incremental)
+    known, names = leaves(analyzed), display_names(analyzed.captured)
+    return tuple(
+        _attention(analyzed, match, lowered.get(match.out.name, "as written"), known | loads(match, names))
+        for match in found
+    )
+
+
+def _attention(analyzed: Analyzed, match: Recognised, lowering: str, known: Leaves) -> AttentionReport:
+    spec = match.spec
+    scale, score = rescaled(spec)
+    keys = analyzed.fact(match.key.node)
+    context = all(keys.atoms[k].kind is not Kind.SEQ for k in match.key.row)
+    return AttentionReport(
+        mask=formula(spec.support, known),
+        proof=_CONTEXT if context else causality(spec.support, known),
+        score=formula(score, known),
+        lowering=lowering,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_size=spec.head_size,
+        value_size=spec.value_size,
+        dtype=short(spec.dtype),
+        scale=scale,
+        node=match.out.name,
+        source=source_of(match.out),
+    )
+
+
+def rescaled(spec: Attention) -> tuple[float, sympy.Expr]:
+    """A constant factor of the product belongs to the scale: ``0.35 * score + bias`` is ``score + bias``."""
+    for term in sympy.Add.make_args(spec.score):
+        factor, rest = term.as_coeff_Mul()
+        if rest == SCORE:
+            return spec.scale * float(factor), spec.score - term + SCORE
+    return spec.scale, spec.score
+
+
+def loads(match: Recognised, names: Mapping[str, str]) -> dict[str, Leaf]:
+    """What the score of an attention reads, with the indices that matter."""
+    return {
+        load.name: Leaf(names.get(load.node.name, load.node.name), letters=tuple(dict.fromkeys(load.axes)))
+        for load in match.loads
+        if load.axes
+    }
+
+
+def slot_reports(incremental: Incremental) -> tuple[SlotReport, ...]:
+    """The stored values. One counts as an output only where nothing but the caller reads all its rows."""
+    serving = _serving(incremental)
+    return tuple(
+        SlotReport(
+            slot.name,
+            slot.shape,
+            short(slot.dtype),
+            slot.bytes_per_row,
+            slot.is_output and f"pool_{k}" not in serving,
+            source_of(slot.node),
+        )
+        for k, slot in enumerate(incremental.plan.slots)
+    )
+
+
+def _serving(incremental: Incremental) -> set[str]:
+    """The pools whose rows some op of the graph reads, beside the output."""
+    pools: dict[fx.Node, str] = {}
+    out = set()
+    for node in incremental.module.graph.nodes:
+        if node.op == "placeholder" and node.name.startswith("pool_"):
+            pools[node] = node.name
+        held = next((pools[n] for n in node.all_input_nodes if n in pools), "")
+        if held and (op_name(node) in ("append", "read") or node.target in _ROW_LAYOUT):
+            pools[node] = held
+        elif held and node.op != "output":
+            out.add(held)
+    return out
+
+
+def _own_cache(analyzed: Analyzed) -> tuple[str, ...]:
+    """A model that returns its own cache has outputs ``[B, heads, S, D]`` for keys and values beside the logits."""
+    outputs = [analyzed.fact(n) for n in analyzed.outputs if isinstance(n, fx.Node) and n in analyzed.steps]
+    tables = [f for f in outputs if len(f.dims) == 4 and growing(f) and growing(f)[0] in f.flat(2)]
+    if len(tables) < 2 or len(tables) == len(outputs):
+        return ()
+    return (
+        f"{len(tables)} of {len(outputs)} outputs look like the model's own cache of keys and values; "
+        "pass use_cache=False to save the copies",
+    )
+
+
+def _unread(incremental: Incremental) -> tuple[str, ...]:
+    """Slots whose pool the graph never touches: somebody asked for their rows in front of the cut."""
+    slots = incremental.plan.slots
+    used = {node.name for node in incremental.module.graph.nodes if node.op == "placeholder" and node.users}
+    idle = [slot.name for k, slot in enumerate(slots) if f"pool_{k}" not in used]
+    if not idle:
+        return ()
+    which = ", ".join(idle[:3]) + (", .." if len(idle) > 3 else "")
+    which = ", ".join(idle[:3]) + (", .." if len(idle) > 3 else "")
+    return (
+        f"{len(idle)} of {len(slots)} slots are never read ({which}): what they should hold "
+        "is computed again for all rows in every call; the answer is the same, the time is not",
+    )
