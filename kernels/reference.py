@@ -23,7 +23,13 @@ _CAUSAL = sympy.Le(J, I)
 
 
 def visible(
-    support: sympy.Basic, start: int, rows: int, device: torch.device, heads: int, names: tuple[str, ...], loads: tuple[Tensor, ...]
+    support: sympy.Basic,
+    device: torch.device,
+    heads: int,
+    start: int,
+    rows: int,
+    names: tuple[str, ...],
+    loads: tuple[Tensor, ...],
 ) -> Tensor | None:
     """Which keys each new row sees.
 
@@ -45,7 +51,9 @@ def visible(
 _CAUSAL_NORMAL = sympy.Le(J - I, 0)
 
 
-def _grid(start: int, rows: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]) -> dict[sympy.Basic, Tensor]:
+def _grid(
+    start: int, rows: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]
+) -> dict[sympy.Basic, Tensor]:
     batch = max((load.shape[0] for load in loads if load.dim()), default=1)
     return {
         B: torch.arange(batch, device=device).view(-1, 1, 1, 1),
@@ -56,7 +64,14 @@ def _grid(start: int, rows: int, device: torch.device, heads: int, loads: tuple[
 
 
 def attention(
-    spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, start: int, names: tuple[str, ...], loads: tuple[Tensor, ...]
+    spec: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    start: int,
+    names: tuple[str, ...],
+    loads: tuple[Tensor, ...],
 ) -> Tensor:
     """Softmax attention of the new rows over all rows.
 

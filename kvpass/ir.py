@@ -119,7 +119,9 @@ class KernelOps(Protocol):
     """What an incremental graph calls on the pools; `kvpass.kernels.ops` says what each does."""
 
     @staticmethod
-    def append(pool: torch.Tensor, rows: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, before: int) -> torch.Tensor: ...
+    def append(
+        pool: torch.Tensor, rows: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, before: int
+    ) -> torch.Tensor: ...
 
     @staticmethod
     def read(pool: torch.Tensor, table: torch.Tensor, length: int, before: int) -> torch.Tensor: ...
@@ -127,10 +129,10 @@ class KernelOps(Protocol):
     @staticmethod
     def visible(
         support: sympy.Basic,
-        start: int,
-        rows: int,
         device: torch.device,
         heads: int,
+        start: int,
+        rows: int,
         names: tuple[str, ...],
         loads: tuple[torch.Tensor, ...],
     ) -> torch.Tensor | None: ...

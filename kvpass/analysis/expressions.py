@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import sympy
-from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 from sympy.functions.elementary.piecewise import Piecewise
+from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 Value = sympy.Basic
 _LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import sympy
 import torch
@@ -112,12 +113,12 @@ class Fact:
     fill: Fill | None = None
     valid: Boolean = field(default=sympy.true)
 
-    @property
+    @cached_property
     def atoms(self) -> tuple[Atom, ...]:
         """All atoms, flat: axes first, then ghosts."""
         return tuple(atom for dim in self.dims for atom in dim) + self.ghosts
 
-    @property
+    @cached_property
     def real(self) -> int:
         """How many atoms stand in axes."""
         return sum(len(dim) for dim in self.dims)
@@ -131,9 +132,15 @@ class Fact:
     def shape(self) -> tuple[Expr, ...]:
         return tuple(product(dim) for dim in self.dims)
 
-    def rows(self) -> list[int]:
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
         """Flat indices of the SEQ atoms that stand in axes."""
-        return [k for k, atom in enumerate(self.atoms[: self.real]) if atom.kind is Kind.SEQ]
+        return tuple(k for k, atom in enumerate(self.atoms[: self.real]) if atom.kind is Kind.SEQ)
+
+    @cached_property
+    def wide(self) -> tuple[int, ...]:
+        """The rows among them whose number of entries grows with the sequence."""
+        return tuple(k for k in self.rows if not self.atoms[k].size.is_number)
 
     def index_only(self) -> bool:
         """True where no input row matters: the value is a function of indices, weights and context."""

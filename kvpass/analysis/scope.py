@@ -292,7 +292,9 @@ class Scope:
             value = substitute(value, self.subst)
         return value
 
-    def close(self, dims: Dims, ghosts: Sequence[Label], dtype: torch.dtype, parts: Parts) -> tuple[Fact, dict[Label, int]]:
+    def close(
+        self, dims: Dims, ghosts: Sequence[Label], dtype: torch.dtype, parts: Parts
+    ) -> tuple[Fact, dict[Label, int]]:
         """The fact with these axes, and the flat index that each label became."""
         dims = [self.expanded(dim) for dim in dims]
         used = {label for dim in dims for label in dim}

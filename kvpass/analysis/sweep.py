@@ -18,7 +18,7 @@ from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import Value
 from kvpass.analysis.facts import ONE, Atom, Cause, Expr, Fact, Kind, index
 from kvpass.analysis.scope import Axes, Link, Scope
-from kvpass.analysis.table import RULES, Op, Out
+from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
 
 _LIMIT = 400
@@ -139,7 +139,7 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
     fact = Fact(tuple(dims), value.dtype)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    return settle(replace(fact, deps=frozenset(fact.rows())), node, captured.seq)
+    return settle(replace(fact, deps=frozenset(fact.rows)), node, captured.seq)
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
@@ -170,8 +170,12 @@ def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=_leaf_value(node, fact) if small else None)
     length = fact.length
+    support, fill = support_of(expr) or (sympy.true, None)
+    fact = replace(fact, support=support, fill=fill)
     if expr.has(seq):
-        length = length or Cause(node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength)
+        length = length or Cause(
+            node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
+        )
     elif not expr.atoms(AppliedUndef):
         length = None
     if expr.atoms(AppliedUndef):
@@ -234,4 +238,4 @@ def describe(analyzed: Analyzed, render: Callable[[str], str] = str) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["Analyzed", "Step", "analyze", "describe", "source_of", "sym", "ONE"]
+__all__ = ["ONE", "Analyzed", "Step", "analyze", "describe", "source_of", "sym"]

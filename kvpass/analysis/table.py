@@ -83,9 +83,9 @@ class Op:
     def known(self, operand: Operand) -> tuple[Boolean, Fill] | None:
         """``(support, fill)`` of an operand over labels, from its fact or from its closed form."""
         fact = operand.fact
-        if fact.fill is not None:
-            return self.scope.lift(operand, fact.support), fact.fill
-        return None if fact.expr is None else support_of(self.scope.lift(operand, fact.expr))
+        if fact.expr is not None:  # says everything, where it is there
+            return support_of(self.scope.lift(operand, fact.expr))
+        return None if fact.fill is None else (self.scope.lift(operand, fact.support), fact.fill)
 
 
 Rule = Callable[[Op], "Out | list[Out]"]
@@ -163,7 +163,9 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
     for j in gone:
         atom = op.scope.atoms[j]
         if atom.kind is Kind.BATCH and atom.size != 1:
-            parts.batch = parts.batch or op.cause(f"{name_of(op.node)} combines the sequences of a batch", errors.MixesBatch)
+            parts.batch = parts.batch or op.cause(
+                f"{name_of(op.node)} combines the sequences of a batch", errors.MixesBatch
+            )
         if atom.kind is not Kind.SEQ:
             continue
         bound = bounding_row(op, j, kept, support)
@@ -183,13 +185,12 @@ def _forget_row(op: Op, parts: Parts, j: Label, bound: Label | None, support: Bo
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     elif used:
         parts.deps.add(bound)
-    valid = op.scope.resolve(parts.valid)
-    if symbol(j) in valid.free_symbols:
-        if not implies(op.scope.resolve(support), valid):
-            parts.whole = parts.whole or op.cause(
-                f"{name_of(op.node)} reads rows whose mask kept no key", errors.EmptyRow
-            )
-        parts.valid = sympy.And(*(t for t in sympy.And.make_args(valid) if symbol(j) not in t.free_symbols))
+    terms = sympy.And.make_args(op.scope.resolve(parts.valid))
+    mine = [term for term in terms if symbol(j) in term.free_symbols]
+    if mine and not implies(op.scope.resolve(support), sympy.And(*mine)):
+        why = f"{name_of(op.node)} reads rows whose own mask kept no key"
+        parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
+    parts.valid = sympy.And(*(term for term in terms if term not in mine))
 
 
 def _without(op: Op, parts: Parts, gone: list[Label]) -> tuple[Boolean, Fill | None]:
@@ -225,4 +226,4 @@ def pretty(scope: Scope, value: Value) -> str:
     return str(value.xreplace({old: sympy.Symbol(new, integer=True, nonnegative=True) for old, new in names.items()}))
 
 
-__all__ = ["Op", "Out", "RULES", "rule", "boolean"]
+__all__ = ["RULES", "Op", "Out", "boolean", "rule"]

@@ -56,7 +56,9 @@ def _is_constant(node: fx.Node, real: Any) -> bool:
     if source is None or not isinstance(real, torch.Tensor):
         return False
     guard = source.guard_source
-    return bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__)
+    return bool(
+        guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__
+    )
 
 
 def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Symbol:

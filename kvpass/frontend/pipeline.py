@@ -20,5 +20,5 @@ def incrementalise(captured: Captured) -> Incremental:
     normalise(captured.module)  # one spelling for what means the same
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
     cut = plan(analyzed)  # demand, proof, and what to store
-    attentions, missed = recognise(analyzed); print(missed)  # softmax attention, whatever it is spelled like
+    attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
     return rewrite(cut, ops, attentions)  # rebuild from the outputs by demand

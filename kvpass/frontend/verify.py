@@ -54,7 +54,7 @@ def verify(
     plan = incremental.plan
     room = (texts.rows // _PAGE + 2) * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
-    names = identities(plan.analyzed, {name: b"" for name in captured.constants})
+    names = identities(plan.analyzed, dict.fromkeys(captured.constants, b""))
     table = cache.register(
         [SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots]
     )
@@ -134,6 +134,7 @@ class _Values(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, args: Sequence[Any]) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.arguments = args
         with torch.no_grad():
             self.run(*args)
 
@@ -142,30 +143,17 @@ class _Values(fx.Interpreter):
 
 
 def _mask(fact: Fact, value: torch.Tensor, leaves: dict[str, Any], captured: Captured, values: _Values) -> torch.Tensor:
-    shape = []
-    for atom, k in zip(fact.atoms[: fact.real], range(fact.real), strict=True):
-        del k
-        size = atom.size.xreplace({captured.seq: values.of(_length_of(captured))}) if atom.size.free_symbols else atom.size
-        shape.append(int(size) if size.is_number else 1)
-    total = len(shape)
-    symbols: dict[sympy.Basic, Any] = {}
-    for k, atom in enumerate(fact.atoms):
-        if k < total:
-            symbols[index(k)] = torch.arange(shape[k]).view([-1 if j == k else 1 for j in range(total)])
-        else:
-            symbols[index(k)] = 0
-        del atom
-    symbols[captured.seq] = values.of(_length_of(captured))
+    batch = Keys(captured).batch(values.arguments)
+    length = Keys(captured).length(values.arguments)
+    sizes = {captured.seq: sympy.Integer(length), captured.batch: sympy.Integer(batch)}
+    shape = [int(atom.size.xreplace(sizes)) for atom in fact.atoms[: fact.real]]
+    symbols: dict[sympy.Basic, Any] = {captured.seq: length, captured.batch: batch}
+    for k in range(len(fact.atoms)):
+        view = [-1 if j == k else 1 for j in range(fact.real)]
+        symbols[index(k)] = torch.arange(shape[k]).view(view) if k < fact.real else 0
     flat = {name: leaf.reshape([d for d in leaf.shape if d != 1] or [1]) for name, leaf in leaves.items()}
     kept = evaluate(fact.valid, symbols, flat)
     return torch.as_tensor(kept).expand(shape).reshape(value.shape)
-
-
-def _length_of(captured: Captured) -> fx.Node:
-    return next(
-        n for n in captured.module.graph.nodes if n.op == "placeholder" and not isinstance(n.meta["val"], torch.Tensor)
-        and sym(n.meta["val"]) == captured.seq
-    )  # fmt: skip
 
 
 def _difference(found: Any, expected: Any, meaningful: torch.Tensor | None) -> str:

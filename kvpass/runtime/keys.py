@@ -50,7 +50,9 @@ class Keys:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
         for given in self.sequences:
-            digest.update(f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1:])}".encode())
+            digest.update(
+                f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1 :])}".encode()
+            )
         return digest.digest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -10,7 +11,7 @@ from torch import fx
 
 from kvpass.analysis.facts import Fact
 from kvpass.ir import H
-from kvpass.transforms.plan import NEW, Demand, canonical, wide
+from kvpass.transforms.plan import NEW, Demand, canonical
 from kvpass.transforms.recognise import Load, Recognised, Side
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def emit_attention(b: Builder, match: Recognised) -> fx.Node:
     mask = _visible(b, match)
     inside = [load for load in match.loads if load.axes]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
-    made = b.call(b.kernels.attention, match.spec, query, key, value, mask, b.start, names, loads)
+    made = b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, b.start, names, loads)
     return _restored(b, match.result, made)
 
 
@@ -42,12 +43,24 @@ def _visible(b: Builder, match: Recognised) -> fx.Node | None:
         loads = tuple(_load(b, load) for load in leaves)
         device = match.out.meta["val"].device
         names = tuple(load.name for load in leaves)
-        b.masks[key] = b.call(b.kernels.visible, support, b.start, b.rows, device, match.spec.heads, names, loads)
+        static = bind(b.kernels.visible, support, device, match.spec.heads)
+        b.masks[key] = b.call(static, b.start, b.rows, names, loads)
     return b.masks[key]
 
 
+def bind(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
+    """A function with its first arguments fixed. Generated code cannot print a spec; it can call a name."""
+
+    def bound(*args: Any) -> Any:
+        return function(*static, *args)
+
+    bound.__name__ = bound.__qualname__ = function.__name__
+    bound.static = static  # type: ignore[attr-defined]
+    return bound
+
+
 def _all(b: Builder, side: Side) -> Demand:
-    return frozenset(wide(b.analyzed.fact(side.node)))
+    return frozenset(b.analyzed.fact(side.node).wide)
 
 
 def _lengths(b: Builder, fact: Fact, demand: Demand, atoms: tuple[int, ...]) -> Any:
@@ -91,12 +104,12 @@ def _load(b: Builder, load: Load) -> fx.Node:
     """A tensor of the score, broadcastable to ``[B, H, N, S]``; a leaf of the support, as it is, over all rows."""
     fact = b.analyzed.fact(load.node)
     if not load.axes:
-        demand = frozenset(wide(fact))
+        demand = frozenset(fact.wide)
         built = b.build(load.node, demand)
         if len(fact.dims) == fact.real:
             return built
         return b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in range(fact.real)])
-    demand = frozenset(k for k in wide(fact) if load.axes[k] == "j")
+    demand = frozenset(k for k in fact.wide if load.axes[k] == "j")
     built = b.build(load.node, demand)
     sizes = {letter: tuple(k for k, x in enumerate(load.axes) if x == letter) for letter in "bhij"}
     order = [k for letter in "bhij" for k in sizes[letter]]
@@ -105,4 +118,3 @@ def _load(b: Builder, load: Load) -> fx.Node:
         built = b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in placed])
         built = b.call(aten.permute.default, built, [placed.index(k) for k in order])
     return b.call(aten.reshape.default, built, [_lengths(b, fact, demand, sizes[letter]) for letter in "bhij"])
-

@@ -25,6 +25,7 @@ _IDENTITIES = (
     aten.contiguous.default,
     aten.positive.default,
 )
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
@@ -39,6 +40,8 @@ def normalise(module: fx.GraphModule) -> None:
         elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
+        elif node.target in _VIEWS:
+            node.target = aten.reshape.default  # without the clones a view may need a copy
         elif node.target is aten.type_as.default:
             node.target, node.args = aten._to_copy.default, (node.args[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype}
@@ -56,7 +59,7 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in (aten._to_copy.default, aten.to.dtype):
         source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
         return bool(source.dtype == result.dtype and source.device == result.device)
-    if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default):
+    if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor):
         source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
     return False

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 Demand = frozenset[int]  # the SEQ atoms of a value that are asked for all rows; the others for the new ones
 NEW: Demand = frozenset()
 
-_HEAVY = (
+HEAVY = (
     aten.linear.default,
     aten.matmul.default,
     aten.mm.default,
@@ -98,21 +98,16 @@ class Plan:
         return next((slot for slot in self.slots if slot.node is node), None)
 
 
-def wide(fact: Fact) -> list[int]:
-    """SEQ atoms in axes whose number of entries grows with the sequence."""
-    return [k for k in fact.rows() if not fact.atoms[k].size.is_number]
-
-
 def canonical(demand: Demand, fact: Fact) -> Demand:
     """A demand without the atoms for which new and all are the same rows."""
-    return demand & frozenset(wide(fact))
+    return demand & frozenset(fact.wide)
 
 
 def demand_of_operand(step: Step, k: int, fact: Fact, demand: Demand) -> Demand:
     """What operand ``k`` (of this fact) is asked for when the op's result is asked for ``demand``."""
     asked = set()
-    for atom, link in zip(wide(fact), [step.links[k][a] for a in wide(fact)], strict=True):
-        if link is None or link in step.full or (link in demand and link in wide(step.fact)):
+    for atom, link in zip(fact.wide, [step.links[k][a] for a in fact.wide], strict=True):
+        if link is None or link in step.full or (link in demand and link in step.fact.wide):
             asked.add(atom)
     return frozenset(asked)
 
@@ -126,7 +121,7 @@ def plan(analyzed: Analyzed) -> Plan:
     free = _free_values(analyzed)
     sweep = _Sweep(analyzed, free)
     for node in _output_nodes(analyzed):
-        sweep.ask(node, frozenset(wide(analyzed.fact(node))))
+        sweep.ask(node, frozenset(analyzed.fact(node).wide))
     sweep.run()
     stored = _cut(analyzed, free, sweep.sinks)
     outputs = set(_output_nodes(analyzed))
@@ -142,7 +137,7 @@ def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
 def _free_values(analyzed: Analyzed) -> frozenset[fx.Node]:
     free = set()
     for node, step in analyzed.steps.items():
-        heavy = node.target in _HEAVY and bool(step.fact.deps or step.fact.whole)
+        heavy = node.target in HEAVY and bool(step.fact.deps or step.fact.whole)
         if not heavy and all(operand in free for operand in step.operands):
             free.add(node)
     return frozenset(free)
@@ -172,7 +167,7 @@ class _Sweep:
             node, demand = self.todo.pop()
             if demand and node in self.free:
                 continue
-            if demand and demand == frozenset(wide(self.analyzed.fact(node))):
+            if demand and demand == frozenset(self.analyzed.fact(node).wide):
                 self._all_rows(node, demand)
             else:
                 self._through(node, demand)
@@ -227,7 +222,7 @@ def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink:
             continue
         cost = _cost(analyzed, node)
         graph.add_edge((node, "in"), (node, "out"), **({} if cost == inf else {"capacity": cost}))
-        if node.target in _HEAVY:
+        if node.target in HEAVY:
             graph.add_edge("work", (node, "in"))
             continue
         for operand in analyzed.steps[node].operands:
@@ -282,7 +277,7 @@ def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors
 
 
 def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]:
-    rows = fact.rows()
+    rows = fact.rows
     if len(rows) != 1 or fact.atoms[rows[0]].size != analyzed.captured.seq or fact.atoms[rows[0]].start != 0:
         yield errors.NotIncremental(detail=f"a value of axes {fact} is not a table of one row per position")
         return

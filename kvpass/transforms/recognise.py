@@ -18,6 +18,7 @@ from torch import fx
 
 from kvpass.analysis.expressions import branches, number
 from kvpass.analysis.facts import Atom, Fact, Fill, Kind, index
+from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step
 from kvpass.analysis.table import support_of
 from kvpass.ir import SCORE, Attention, B, H, I, J
@@ -231,9 +232,7 @@ class _Walk:
         self.analyzed, self.softmax, self.key_atom = analyzed, softmax, key_atom
         self.fact = analyzed.fact(softmax)
         self.loads: list[Load] = []
-        self.row_atom = next(
-            (k for k in self.fact.rows() if k != key_atom), None
-        )
+        self.row_atom = next((k for k in self.fact.rows if k != key_atom), None)
         self.scores_from: tuple[int | None, ...] = ()
 
     def back(self, node: fx.Node, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
@@ -254,7 +253,9 @@ class _Walk:
 
     def scores_operand(self, step: Step) -> int:
         """The operand that depends on rows along both the query and the key axis."""
-        heavy = [k for k, op in enumerate(step.operands) if len(self.analyzed.fact(op).rows()) >= 2 and not self.is_mask(op)]
+        heavy = [
+            k for k, op in enumerate(step.operands) if len(self.analyzed.fact(op).rows) >= 2 and not self.is_mask(op)
+        ]
         if len(heavy) != 1:
             raise _No("it is not clear which operand holds the scores")
         return heavy[0]
@@ -317,8 +318,10 @@ class _Walk:
             node = step.operands[k]
             fact = self.analyzed.fact(node)
             place = [None if p is None else self.scores_from[p] for p in step.links[k]]
-            row = [a for a, p in enumerate(place) if p in (self.row_atom, self.key_atom) and fact.atoms[a].kind is Kind.SEQ]
-            depth = [a for a, link in enumerate(step.links[k]) if link is None]
+            row = [
+                a for a, p in enumerate(place) if p in (self.row_atom, self.key_atom) and fact.atoms[a].kind is Kind.SEQ
+            ]
+            depth = _contracted(product, step, fact, k - first)
             if len(row) != 1 or place[row[0]] is None:
                 raise _No("an operand of the scores has no single row axis")
             sides.append((place[row[0]], _side(node, fact, row, depth, self._head_order(fact, row, depth, place))))
@@ -329,26 +332,52 @@ class _Walk:
 
     def _head_order(self, fact: Fact, row: list[int], depth: list[int], place: list[int | None]) -> list[int]:
         free = [a for a, atom in enumerate(fact.atoms) if atom.kind is Kind.FREE and a not in row and a not in depth]
-        if any(place[a] is None for a in free):
-            raise _No("an axis of the scores' operand is split on the way to the softmax")
-        return sorted(free, key=lambda a: place[a] or 0)
+        return _in_order(free, place)
 
     def _value(self, out: fx.Node, weights_at: int) -> tuple[Side, Side]:
         step, result = self.analyzed.steps[out], self.analyzed.fact(out)
         other = 1 - weights_at
         node = step.operands[other]
         fact, links = self.analyzed.fact(node), step.links[other]
-        row = [a for a in fact.rows() if links[a] is None]
+        row = [a for a in fact.rows if links[a] is None]
         mine = set(step.links[weights_at])
-        depth = [a for a, link in enumerate(links) if link is not None and link not in mine]
-        if len(row) != 1 or len(depth) != 1:
+        depth = _own_axes(out, step, fact, other)
+        if len(row) != 1 or len(depth) != 1 or links[depth[0]] is None:
             raise _No("the values have no single row axis")
         heads = [a for a in range(len(fact.atoms)) if fact.atoms[a].kind is Kind.FREE and a not in depth]
-        heads.sort(key=lambda a: links[a] if links[a] is not None else -1)
-        rows = [k for k in result.rows() if k in mine]
-        if len(rows) != 1 or any(links[a] is None for a in heads):
+        heads = _in_order(heads, list(links))
+        rows = [k for k in result.rows if k in mine]
+        if len(rows) != 1:
             raise _No("the result has no single row axis")
         return _side(node, fact, row, depth, heads), _side(out, result, rows, [links[depth[0]]])
+
+
+def _in_order(heads: list[int], place: list[int | None]) -> list[int]:
+    """Head atoms in the order of the scores; one that was split there keeps its own place."""
+    if any(place[a] is None for a in heads):
+        return heads
+    return sorted(heads, key=lambda a: place[a] or 0)
+
+
+def _specs(node: fx.Node, step: Step) -> tuple[list[list[str]], list[str]]:
+    """Axis names of a product's two factors and of its result."""
+    if node.target is aten.einsum.default:
+        return einsum_names(str(node.args[0]), [len(node_.meta["val"].shape) for node_ in step.operands])
+    factors = step.operands[-2:]
+    left, right, out = matmul_names(*(len(f.meta["val"].shape) for f in factors))
+    return [left, right], out
+
+
+def _contracted(node: fx.Node, step: Step, fact: Fact, side: int) -> list[int]:
+    """The atoms of one factor that the product sums over."""
+    specs, out = _specs(node, step)
+    return [a for axis, name in enumerate(specs[side]) if name not in out for a in fact.flat(axis)]
+
+
+def _own_axes(node: fx.Node, step: Step, fact: Fact, k: int) -> list[int]:
+    """The atoms of factor ``k`` that stand in the result but not in the other factor."""
+    specs, out = _specs(node, step)
+    return [a for axis, n in enumerate(specs[k]) if n in out and n not in specs[1 - k] for a in fact.flat(axis)]
 
 
 def _packet(node: fx.Node) -> str:
@@ -458,8 +487,8 @@ def _unrepeated(analyzed: Analyzed, side: Side) -> Side:
     if not repeated or list(side.heads) != kept + repeated:
         return side
     node, place = side.node, {k: k for k in range(len(fact.atoms)) if k not in repeated and fact.atoms[k].size != 1}
-    best = None
-    while node.target in _LAYOUT:
+    found = False
+    while node.target in _LAYOUT and not found:  # to the nearest one: what is stored is no nearer to the inputs
         step = analyzed.steps[node]
         source = step.operands[0]
         back = {link: a for a, link in enumerate(step.links[0]) if link is not None}
@@ -467,11 +496,9 @@ def _unrepeated(analyzed: Analyzed, side: Side) -> Side:
             break
         node, place = source, {mine: back[k] for mine, k in place.items()}
         inner = analyzed.fact(node)
-        if sum(1 for a in inner.atoms if a.size != 1) == len(place):
-            best = (node, dict(place))
-    if best is None:
+        found = sum(1 for a in inner.atoms if a.size != 1) == len(place)
+    if not found:
         return side
-    node, place = best
     move: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ks: tuple(place[k] for k in ks if k in place)  # noqa: E731
     batch = tuple(k for k, a in enumerate(analyzed.fact(node).atoms) if a.kind is Kind.BATCH)
     return Side(node, batch, move(tuple(kept)), move(side.row), move(side.depth), tuple(repeated))

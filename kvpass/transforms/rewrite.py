@@ -22,7 +22,7 @@ from kvpass.analysis.facts import Atom, Fact, Kind
 from kvpass.analysis.sweep import Analyzed, Step, source_of, sym
 from kvpass.ir import KernelOps, Role
 from kvpass.transforms.attend import emit_attention
-from kvpass.transforms.plan import NEW, Demand, Plan, Slot, canonical, demand_of_operand, wide
+from kvpass.transforms.plan import HEAVY, NEW, Demand, Plan, Slot, canonical, demand_of_operand
 from kvpass.transforms.recognise import Recognised
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ class Builder:
         outputs = []
         for value in self.analyzed.outputs:
             if isinstance(value, fx.Node) and value in self.analyzed.steps:
-                outputs.append(self.build(value, frozenset(wide(self.analyzed.fact(value)))))
+                outputs.append(self.build(value, frozenset(self.analyzed.fact(value).wide)))
             elif isinstance(value, fx.Node):
                 outputs.append(self.number(sym(value.meta["val"])))
             else:
@@ -169,25 +169,27 @@ class Builder:
         found = self.done.get((node, demand))
         if found is None:
             self._build_operands(node, demand)
-            outer, self.current = self.current, node
-            found = self.done[node, demand] = self._make(node, demand)
-            self.current = outer
+            found = self._finish(node, demand)
         return found
 
     def _build_operands(self, node: fx.Node, demand: Demand) -> None:
-        """Deep graphs are built from the bottom without recursion."""
+        """Deep graphs are built from the bottom, without recursion."""
         todo = [(node, demand)]
         while todo:
-            here, asked = todo[-1]
-            missing = [] if self._is_read(here, asked) else self._missing(here, asked)
-            if not missing or (here, asked) == (node, demand) and len(todo) > 1:
-                todo.pop()
-                if (here, asked) != (node, demand):
-                    outer, self.current = self.current, here
-                    self.done[here, asked] = self._make(here, asked)
-                    self.current = outer
-            else:
+            here = todo[-1]
+            missing = [] if here in self.done or self._is_read(*here) else self._missing(*here)
+            if missing:
                 todo.extend(missing)
+                continue
+            todo.pop()
+            if todo and here not in self.done:
+                self._finish(*here)
+
+    def _finish(self, node: fx.Node, demand: Demand) -> fx.Node:
+        outer, self.current = self.current, node
+        made = self.done[node, demand] = self._make(node, demand)
+        self.current = outer
+        return made
 
     def _missing(self, node: fx.Node, demand: Demand) -> list[tuple[fx.Node, Demand]]:
         if node in self.attentions and not demand:
@@ -195,7 +197,9 @@ class Builder:
         step = self.analyzed.steps[node]
         out = []
         for k, operand in enumerate(step.operands):
-            asked = canonical(demand_of_operand(step, k, self.analyzed.fact(operand), demand), self.analyzed.fact(operand))
+            asked = canonical(
+                demand_of_operand(step, k, self.analyzed.fact(operand), demand), self.analyzed.fact(operand)
+            )
             if (operand, asked) not in self.done and (operand, asked) not in out:
                 out.append((operand, asked))
         return out
@@ -210,7 +214,9 @@ class Builder:
         if node in self.attentions and not demand:
             return emit_attention(self, self.attentions[node])
         if node.op == "placeholder":
-            return self._narrow(self.inputs[node.name], self.analyzed.fact(node), set(wide(self.analyzed.fact(node))), demand)
+            return self._narrow(
+                self.inputs[node.name], self.analyzed.fact(node), set(self.analyzed.fact(node).wide), demand
+            )
         if node.op == "get_attr":
             return self.graph.get_attr(str(node.target))
         return self._op(node, demand)
@@ -218,7 +224,9 @@ class Builder:
     def _op(self, node: fx.Node, demand: Demand) -> fx.Node:
         step = self.analyzed.steps[node]
         fact = step.fact
-        computed = demand | (step.full & frozenset(wide(fact)))
+        if demand == frozenset(fact.wide) and demand and node.target in HEAVY and node not in self.plan.free:
+            raise errors.NotIncremental(detail=f"{node.name} would be computed for all rows in every call")
+        computed = demand | (step.full & frozenset(fact.wide))
         context = Context(self, node, step, computed, iter(self.operands(node, demand)))
         made = _SPECIAL.get(node.target, plain)(context)
         return self._narrow(made, fact, set(computed), demand)
@@ -271,8 +279,8 @@ class Builder:
         dense = self.call(self.kernels.read, pool, table, self.rows, len(slot.before))  # [B, *before, S, *after]
         fact = self.analyzed.fact(slot.node)
         if slot.batch in (None, 0):
-            return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(wide(fact))))
-        sizes = self.sizes(fact, frozenset(wide(fact)))
+            return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(fact.wide)))
+        sizes = self.sizes(fact, frozenset(fact.wide))
         batch = slot.batch or 0
         lead = [sizes[batch], *sizes[:batch], *sizes[batch + 1 :]]
         return self.call(aten.movedim.int, self.call(aten.reshape.default, dense, lead), 0, batch)

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from kvpass.analysis.facts import Fill, Kind
-from kvpass.analysis.scope import Label, Operand, Parts
+from kvpass.analysis.scope import Label, Operand
 from kvpass.analysis.table import Op, Out, reduce_over, rule
 
 aten = torch.ops.aten
@@ -44,7 +44,8 @@ def _product(op: Op, operands: Sequence[Operand]) -> tuple[Any, Fill | None]:
     return (sympy.And(*(k[0] for k in known)), Fill.ZERO) if known else (sympy.true, None)
 
 
-def _matmul_names(a: int, b: int) -> tuple[list[str], list[str], list[str]]:
+def matmul_names(a: int, b: int) -> tuple[list[str], list[str], list[str]]:
+    """Axis names of ``matmul`` for operands of rank ``a`` and ``b``, and of the result."""
     batch = [f"b{k}" for k in range(max(a, b) - 2, 0, -1)]
     left = (["n"] if a >= 2 else []) + ["k"]
     right = ["k"] + (["m"] if b >= 2 else [])
@@ -80,7 +81,7 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def matmul(op: Op) -> Out:
     a, b = op.operands[:2]
-    left, right, out = _matmul_names(len(a.dims), len(b.dims))
+    left, right, out = matmul_names(len(a.dims), len(b.dims))
     return contract(op, (a, b), (left, right), out)
 
 
@@ -95,7 +96,7 @@ def linear(op: Op) -> Out:
 @rule(aten.addmm.default, aten.baddbmm.default)
 def addmm(op: Op) -> Out:
     bias, a, b = op.operands[:3]
-    left, right, out = _matmul_names(len(a.dims), len(b.dims))
+    left, right, out = matmul_names(len(a.dims), len(b.dims))
     product = contract(op, (a, b), (left, right), out)
     return _add(op, product, bias) if op.kwargs.get("beta", 1) != 0 else product
 
@@ -112,7 +113,9 @@ def einsum_names(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], 
     equation = equation.replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
-    widest = max((rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0)
+    widest = max(
+        (rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0
+    )
     specs = []
     for term, rank in zip(terms, ranks, strict=True):
         head, dots, tail = term.partition("...")
@@ -123,8 +126,3 @@ def einsum_names(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], 
         right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     head, dots, tail = right.partition("...")
     return specs, [*head, *((f".{k}" for k in range(widest)) if dots else ()), *tail]
-
-
-def restrict(parts: Parts, support: Any) -> None:
-    """Narrow a zero support."""
-    parts.support = sympy.And(parts.support, support)

@@ -49,7 +49,9 @@ def _lose(op: Op, parts: Parts, label: Label) -> None:
         parts.whole = parts.whole or op.cause(why)
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     if atom.kind is Kind.BATCH and atom.size != 1:
-        parts.batch = parts.batch or op.cause(f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch)
+        parts.batch = parts.batch or op.cause(
+            f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch
+        )
 
 
 @rule(aten.gather.default)

@@ -214,7 +214,9 @@ def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any
     scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
     if atom.kind is Kind.SEQ:
         scope.same[label] = new
-        if not _is_tail(op, scope.atoms[new], x.fact) and not (start == 0 and atom.start == 0 and size.has(scope.axes.seq)):
+        if not _is_tail(op, scope.atoms[new], x.fact) and not (
+            start == 0 and atom.start == 0 and size.has(scope.axes.seq)
+        ):
             x.everything.add(label)
             scope.full.add(new)
     return new
@@ -331,7 +333,10 @@ def diff(op: Op) -> Out:
         {label} if scope.deps(x) or scope.deps(prepend) else set()
     )
     scope.full.add(label)
-    dims = [dim if k == axis else scope._broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], []) for k, dim in enumerate(x.dims)]
+    dims = [
+        dim if k == axis else scope._broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], [])
+        for k, dim in enumerate(x.dims)
+    ]
     value, before = expression(x, scope), expression(prepend, scope)
     if value is not None and before is not None:
         k = symbol(label)

@@ -185,9 +185,9 @@ def other(op: Op) -> Out:
     known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
     if known is not None and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
         parts.support, parts.fill = known[0], Fill.ZERO
-    elif known is not None and known[1] is Fill.ZERO and name in ("true_divide", "divide"):
-        parts.support, parts.fill = known
-    elif known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1]):
+    elif (known is not None and known[1] is Fill.ZERO and name in ("true_divide", "divide")) or (
+        known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1])
+    ):
         parts.support, parts.fill = known
     expr = None
     if name == "pow" and isinstance(op.args[1], int) and op.args[1] >= 0:

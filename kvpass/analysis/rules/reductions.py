@@ -128,7 +128,9 @@ def norm(op: Op) -> Any:
 # -- same shape out -------------------------------------------------------------------------------------------------
 
 
-@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default)
+@rule(
+    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten._safe_softmax.default
+)
 def softmax(op: Op) -> Out:
     x, scope = op.operands[0], op.scope
     (axis,) = _axes(op, op.args[1])
