@@ -49,20 +49,23 @@ def _longest(hits: np.ndarray) -> tuple[int, int]:
 
 
 def folded(graph: Graph, hidden: set[str], text: str) -> Graph:
-    """The graph without the hidden lines; one line stands for them, where values pass through them."""
+    """The graph without the hidden lines: one line stands for them, after all that they read."""
     if not hidden:
         return graph
-    placed = False
-    ops: list[Op] = []
-    inside = tuple(dict.fromkeys(n for op in graph.ops if op.name in hidden for n in op.operands if n not in hidden))
-    made_before = {op.name for op in graph.ops[: next(k for k, op in enumerate(graph.ops) if op.name in hidden)]}
+    inside = dict.fromkeys(n for op in graph.ops if op.name in hidden for n in op.operands if n not in hidden)
+    before: list[Op] = []
+    after: list[Op] = []
+    behind = set(hidden)  # what depends on a hidden line
     for op in graph.ops:
-        if op.name not in hidden:
-            ops.append(_rewired(op, hidden))
-        elif not placed:
-            placed = True
-            ops.append(Op(FOLD, text, operands=tuple(n for n in inside if n in made_before)))
-    return replace(graph, ops=tuple(ops))
+        if op.name in hidden:
+            continue
+        if behind.isdisjoint(op.operands):
+            before.append(op)
+        else:
+            behind.add(op.name)
+            after.append(_rewired(op, hidden))
+    fold = Op(FOLD, text, operands=tuple(n for n in inside if n not in behind))
+    return replace(graph, ops=(*before, fold, *after))
 
 
 FOLD = "..."

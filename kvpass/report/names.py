@@ -29,6 +29,8 @@ def spoken(source: str, fallback: str) -> str:
         return fallback
     in_module = any(holder in source for holder in ("._modules[", "._parameters[", "._buffers["))
     steps = [step for step in (steps[1:] if in_module else steps) if step not in _HOLDERS]
+    if steps[0] == "kwargs" and len(steps) > 1:
+        steps = steps[1:]
     path = "".join(f"[{step}]" if step.isdigit() and not in_module else f".{step}" for step in steps)
     return path.removeprefix(".") or fallback
 
@@ -73,7 +75,7 @@ def letters(fact: Fact) -> dict[sympy.Basic, sympy.Basic]:
 def growing(fact: Fact) -> list[int]:
     """The atoms in axes whose number of entries grows with the sequence."""
     atoms = enumerate(fact.atoms[: fact.real])
-    return [k for k, atom in atoms if atom.kind is Kind.SEQ and not atom.size.is_number]
+    return [k for k, atom in atoms if atom.kind is Kind.SEQ and sympy.sympify(atom.size).free_symbols]
 
 
 def _symbols(characters: str) -> list[sympy.Symbol]:

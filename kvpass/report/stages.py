@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -125,9 +125,21 @@ def incremental_text(incremental: Incremental, look: Look) -> str:
         "# S rows in all, P of them in the cache, N = S - P new",
         f"{'before':<{column}}   after",
     ]
-    for row in both.rows:
+    slots = [slot.name for slot in incremental.plan.slots]
+    for row in _one_line_per_slot(both.rows, slots):
         lines += [_coloured(text, row.change, look.colour) for text in _two_columns(row, column)]
     return "\n".join(lines)
+
+
+def _one_line_per_slot(rows: Iterable[Row], slots: Sequence[str]) -> Iterator[Row]:
+    """The four arguments that a slot has, in one line that names it."""
+    for row in rows:
+        kind, _, k = row.after.name.rpartition("_") if row.after and row.before is None else ("", "", "")
+        if row.after is None or row.after.op != "input" or kind not in ("pool", "table", "page", "offset"):
+            yield row
+        elif kind == "pool":
+            text = f"pool_{k}, table_{k}, page_{k}, offset_{k}: the rows of {slots[int(k)]}"
+            yield replace(row, after=replace(row.after, name=text))
 
 
 def _two_columns(row: Row, column: int) -> Iterator[str]:

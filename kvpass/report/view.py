@@ -16,8 +16,8 @@ from torch import fx
 
 from kvpass.analysis.sweep import source_of, sym
 from kvpass.ir import Attention, Captured, Role
-from kvpass.report.formula import formula
-from kvpass.report.names import SEQ, Sizes, display_names, short
+from kvpass.report.formula import Leaves, formula
+from kvpass.report.names import SEQ, Sizes, display_names, leaves, short
 from kvpass.report.reading import op_name
 from kvpass.transforms.rewrite import Incremental
 
@@ -84,7 +84,8 @@ def incremental_view(incremental: Incremental) -> Graph:
         value = symbols.get(node.name) if node.op == "placeholder" else _computed(node, numbers)
         if value is not None:
             numbers[node] = value
-    return _Viewer(captured, numbers, incremental.origin).graph(incremental.module.graph)
+    viewer = _Viewer(captured, numbers, incremental.origin, leaves(incremental.plan.analyzed))
+    return viewer.graph(incremental.module.graph)
 
 
 def _is_symbol(node: fx.Node, captured: Captured) -> bool:
@@ -110,6 +111,7 @@ class _Viewer:
     captured: Captured
     numbers: Mapping[fx.Node, Any]
     origin: Mapping[str, str] = field(default_factory=dict)
+    known: Leaves = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names, self.sizes = display_names(self.captured), Sizes(self.captured)
@@ -140,7 +142,9 @@ class _Viewer:
         if isinstance(value, torch.Tensor):
             shape, dtype = self.sizes.shape(sym(size) for size in value.shape), short(value.dtype)
         origin = self.origin.get(node.name, "")
-        settings = [(None, a) for a in _stated(node)] + [(k, a) for k, a in node.kwargs.items() if k not in _SILENT]
+        settings = [(None, a) for a in _stated(node, self.known)] + [
+            (k, a) for k, a in node.kwargs.items() if k not in _SILENT
+        ]
         shown = [self.value(a) if k is None else f"{k}={self.value(a)}" for k, a in settings]
         return Op(
             name=self.name(node),
@@ -175,19 +179,24 @@ class _Viewer:
         return str(new if PAST in told.free_symbols and PAST not in new.free_symbols else told)
 
 
-def _stated(node: fx.Node) -> list[Any]:
+def _stated(node: fx.Node, known: Leaves) -> list[Any]:
     """Positional arguments; a function with bound arguments says what these are, and leaves out what is empty."""
     static = getattr(node.target, "static", ())
     if not static:
         return list(node.args)
-    said = [text for text in map(_bound, static) if text]
-    return said + [arg for arg in node.args if arg != ()]
+    said = [text for text in (_bound(value, known) for value in static) if text]
+    return said + [arg for arg in node.args if not _only_names(arg)]
 
 
-def _bound(value: Any) -> str:
+def _only_names(arg: Any) -> bool:
+    """A tuple that is empty or holds nothing but the names of the loads beside it."""
+    return isinstance(arg, tuple) and all(isinstance(entry, str) for entry in arg)
+
+
+def _bound(value: Any, known: Leaves) -> str:
     if isinstance(value, Attention):
         return f"{value.heads} heads over {value.kv_heads}"
-    return formula(value) if isinstance(value, sympy.Basic) else ""
+    return formula(value, known) if isinstance(value, sympy.Basic) else ""
 
 
 def _mentions(arg: Any, numbers: Mapping[fx.Node, Any]) -> bool:

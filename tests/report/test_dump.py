@@ -165,6 +165,15 @@ def test_a_fold_stands_where_the_layers_stood() -> None:
     assert [(op.name, op.operands) for op in shown.ops] == [("x", ()), ("a", ("x",)), (FOLD, ("a",)), ("y", (FOLD,))]
 
 
+def test_a_fold_reads_what_is_computed_late() -> None:
+    """A line of a later layer that needs no earlier one stands first in the order of execution."""
+    graph = Graph(
+        (Op("late", "op"), Op("x", "op"), Op("use", "op", operands=("x", "late")), Op("y", "op", operands=("use",)))
+    )
+    shown = folded(graph, {"late", "use"}, "1 more")
+    assert [(op.name, op.operands) for op in shown.ops] == [("x", ()), (FOLD, ("x",)), ("y", (FOLD,))]
+
+
 def test_a_layout_keeps_order_and_distance() -> None:
     sizes = dict.fromkeys("abcdef", (40.0, 20.0))
     arrows = [("a", "c"), ("b", "c"), ("a", "f"), ("c", "d"), ("d", "e"), ("e", "f")]

@@ -150,6 +150,7 @@ def test_text_is_as_it_was(kind: str, records: Records, monkeypatch: pytest.Monk
     [
         ("L['attention_mask']", "attention_mask"),
         ("L['args'][0]", "args[0]"),
+        ("L['kwargs']['attention_mask']", "attention_mask"),
         ("L['self']._modules['h']._modules['0']._parameters['weight']", "h.0.weight"),
         ("L['self']._modules['rope']._buffers['inv_freq']", "rope.inv_freq"),
         ("", "arg3_1"),
