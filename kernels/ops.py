@@ -32,9 +32,10 @@ def read(pool: Tensor, table: Tensor, length: int, before: int) -> Tensor:
         length: ``S``.
     """
     batch, pages = table.shape
-    size = pool.shape[before + 1]
     picked = pool.index_select(0, table.reshape(-1))  # [B * pages, *before, page_size, *after]
-    picked = picked.unflatten(0, (batch, pages)).movedim(1, before + 1)  # [B, *before, pages, page_size, *after]
+    picked = picked.reshape(batch, pages, *picked.shape[1:]).movedim(
+        1, before + 1
+    )  # [B, *before, pages, page_size, *after]
     return picked.flatten(before + 1, before + 2).narrow(before + 1, 0, length)
 
 

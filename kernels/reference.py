@@ -88,9 +88,9 @@ def attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=spec.group > 1
         )
-    batch, _, new, _ = query.shape
-    grouped = query.unflatten(1, (spec.kv_heads, spec.group)).flatten(2, 3)  # [B, K, G * N, D]
-    scores = (grouped @ key.mT).unflatten(2, (spec.group, new)).flatten(1, 2)  # [B, H, N, S]
+    new = query.shape[2]
+    grouped = _unflatten(query, 1, (spec.kv_heads, spec.group)).flatten(2, 3)  # [B, K, G * N, D]
+    scores = _unflatten(grouped @ key.mT, 2, (spec.group, new)).flatten(1, 2)  # [B, H, N, S]
     if spec.scale != 1.0:
         scores = scores * spec.scale
     if spec.score != SCORE:
@@ -103,8 +103,12 @@ def attention(
     weights = scores.softmax(-1)
     if not spec.empty_is_nan and mask is not None:
         weights = weights.nan_to_num(0.0) if bool((~mask.any(-1)).any()) else weights
-    weights = weights.to(value.dtype).unflatten(1, (spec.kv_heads, spec.group)).flatten(2, 3)
-    return (weights @ value).unflatten(2, (spec.group, new)).flatten(1, 2).to(spec.dtype)
+    weights = _unflatten(weights.to(value.dtype), 1, (spec.kv_heads, spec.group)).flatten(2, 3)
+    return _unflatten(weights @ value, 2, (spec.group, new)).flatten(1, 2).to(spec.dtype)
+
+
+def _unflatten(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 class _Broadcast:

@@ -114,6 +114,12 @@ class CaptureFailed(Refusal):
     hint = "report it; the model runs as it was written"
 
 
+class Defect(Refusal):
+    code = "KV110"
+    template = "kvpass failed on this graph: {detail}"
+    hint = "this is a defect of kvpass; please report it with the model"
+
+
 class UnknownOp(Refusal):
     code = "KV201"
     template = "no transfer rule for {detail}, so nothing is known of which rows its result depends on"
@@ -196,6 +202,7 @@ REFUSALS: tuple[type[Refusal], ...] = (
     Mutation,
     AmbiguousAxes,
     CaptureFailed,
+    Defect,
     UnknownOp,
     DependsOnFuture,
     DependsOnLength,

@@ -1,7 +1,7 @@
 """The words that the whole compiler uses: what has been learnt at each stage, and the attention node.
 
-Data flows one way: `Captured` -> `Analyzed` -> `Plan` -> `Incremental` -> `Program`. The first and the vocabulary shared
-by several levels stand here; the others stand beside the pass that makes them.
+Data flows one way: `Captured` -> `Analyzed` -> `Plan` -> `Incremental` -> `Program`. The first one and the vocabulary
+that several levels share stand here; the others stand beside the pass that makes them.
 
 Letters for sizes, everywhere: ``B`` batch, ``H`` query heads, ``K`` key/value heads, ``G = H // K`` group, ``S`` all
 rows, ``P`` cached rows, ``N = S - P`` new rows, ``D`` head size.
@@ -75,7 +75,7 @@ class Attention:
         head_size, value_size: ``D`` of queries and keys, and of values.
         dtype: of queries, keys and values.
         scale: multiplies the raw score before ``score``.
-        score: expression over ``score`` and the indices ``b h i j`` (rows, not offsets), and loads ``name(b, h, i, j)``.
+        score: expression over ``score``, the indices ``b h i j`` (rows, not offsets) and loads ``name(b, h, i, j)``.
         support: predicate over ``b h i j`` outside which a key is not seen. ``i`` and ``j`` are rows.
         loads: the tensors that ``score`` and ``support`` read, by name.
         softmax_dtype: in which the normaliser is computed.
@@ -118,16 +118,14 @@ B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E
 class KernelOps(Protocol):
     """What an incremental graph calls on the pools; `kvpass.kernels.ops` says what each does."""
 
-    @staticmethod
     def append(
-        pool: torch.Tensor, rows: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, before: int
+        self, pool: torch.Tensor, rows: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, before: int
     ) -> torch.Tensor: ...
 
-    @staticmethod
-    def read(pool: torch.Tensor, table: torch.Tensor, length: int, before: int) -> torch.Tensor: ...
+    def read(self, pool: torch.Tensor, table: torch.Tensor, length: int, before: int) -> torch.Tensor: ...
 
-    @staticmethod
     def visible(
+        self,
         support: sympy.Basic,
         device: torch.device,
         heads: int,
@@ -137,8 +135,8 @@ class KernelOps(Protocol):
         loads: tuple[torch.Tensor, ...],
     ) -> torch.Tensor | None: ...
 
-    @staticmethod
     def attention(
+        self,
         spec: Attention,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -8,12 +8,13 @@ becomes a disjunction over its branches, and a relational is decided from the si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import sympy
 from sympy.functions.elementary.piecewise import Piecewise
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
-Value = sympy.Basic
+Value: TypeAlias = sympy.Basic
 _LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
 
 _RELATIONS: dict[str, Callable[[Value, Value], Boolean]] = {
@@ -93,7 +94,7 @@ def apply(function: Callable[..., Value], *values: Value) -> Value | None:
     """``function`` mapped over every combination of branches."""
     parts: list[tuple[list[Value], Boolean]] = [([], sympy.true)]
     for value in values:
-        parts = [(done + [val], sympy.And(cond, c)) for done, cond in parts for val, c in branches(value)]
+        parts = [([*done, val], sympy.And(cond, c)) for done, cond in parts for val, c in branches(value)]
         if len(parts) > 16:
             return None
     parts = [(args, cond) for args, cond in parts if cond != sympy.false]

@@ -16,6 +16,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -23,7 +24,7 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 

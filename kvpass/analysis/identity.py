@@ -113,7 +113,7 @@ def digest_of(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and contents."""
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    data = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+    data: Any = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
     return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
 
 

@@ -158,7 +158,8 @@ class Scope:
         Raises:
             UnsupportedShape: a sequence or batch atom would have to be split.
         """
-        a, b, out_a, out_b = [x for x in a], [x for x in b], [], []
+        out_a: list[Label] = []
+        out_b: list[Label] = []
         a = [x for x in a if self.atoms[x].size != 1]
         b = [x for x in b if self.atoms[x].size != 1]
         while a and b:

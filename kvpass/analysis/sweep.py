@@ -65,6 +65,11 @@ def sym(value: Any) -> Expr:
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """``node.args``; FX types them so broadly that every use would need a cast."""
+    return node.args
+
+
 def source_of(node: fx.Node) -> str:
     """The user's innermost line, ``file:line in function: code``."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
@@ -217,7 +222,8 @@ def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
 
 
 def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
-    scope, facts, first = op.scope, [], {}
+    scope, facts = op.scope, []
+    first: dict[int, int] = {}
     for k, out in enumerate(outs):
         fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
         if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):

@@ -20,6 +20,7 @@ from kvpass.frontend.verify import verify
 from kvpass.ir import Captured
 from kvpass.runtime import default_cache
 from kvpass.runtime.program import Program
+from kvpass.transforms.rewrite import Incremental
 
 log = logging.getLogger("kvpass")
 
@@ -97,7 +98,7 @@ def kvpass(
     try:
         _refuse_unsuitable(gm, example_inputs)
         captured = capture(gm, example_inputs)
-        incremental = incrementalise(captured)
+        incremental = _incrementalise(captured)
         if chosen.verify:
             verify(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
@@ -105,9 +106,20 @@ def kvpass(
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
-    program = Program(captured, incremental, gm.forward, cache, incrementalise)
+    program = Program(captured, incremental, gm.forward, cache, _incrementalise)
     _record(Record(captured, program, None))
     return program
+
+
+def _incrementalise(captured: Captured) -> Incremental:
+    """The pipeline; a defect of ours leaves the user with the plain model and a report, not with a traceback."""
+    try:
+        return incrementalise(captured)
+    except errors.Refusal:
+        raise
+    except Exception as error:
+        log.debug("kvpass failed", exc_info=True)
+        raise errors.Defect(detail=f"{type(error).__name__}: {error}") from error
 
 
 def _record(record: Record) -> None:

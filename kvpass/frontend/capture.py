@@ -39,6 +39,7 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
+    assert isinstance(module, fx.GraphModule)
     return _described(module, places, fakes, real, constant, seq)
 
 

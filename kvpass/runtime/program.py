@@ -18,7 +18,6 @@ from kvpass import errors
 from kvpass.analysis.identity import identities
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
 from kvpass.ir import Captured, Role
-from kvpass.kernels.reference import visible
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.weights import Weights
 from kvpass.transforms.rewrite import Incremental
@@ -160,8 +159,8 @@ def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
     for k in range(len(incremental.plan.slots)):
         extra.extend(lease.slot(k))
     with torch.no_grad():
-        outputs: Outputs = incremental.module(*args, *extra)
+        outputs: Outputs = incremental.module.forward(*args, *extra)
     return outputs
 
 
-__all__ = ["Bound", "Program", "form_holds", "run", "visible"]
+__all__ = ["Bound", "Program", "form_holds", "run"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from kvpass.analysis.identity import digest_of
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
 _lock = threading.Lock()
-_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (address, version, sample, digest)
+_digests: Any = WeakIdKeyDictionary()  # tensor -> (address, version, sample, digest)
 
 
 def _version(tensor: torch.Tensor) -> int:

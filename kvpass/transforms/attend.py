@@ -12,7 +12,7 @@ from torch import fx
 from kvpass.analysis.facts import Fact
 from kvpass.ir import H
 from kvpass.transforms.plan import NEW, Demand, canonical
-from kvpass.transforms.recognise import Load, Recognised, Side
+from kvpass.transforms.sides import Load, Recognised, Side
 
 if TYPE_CHECKING:
     from kvpass.transforms.rewrite import Builder
@@ -76,7 +76,7 @@ def _canonical(b: Builder, side: Side, demand: Demand) -> fx.Node:
     demand = canonical(demand, fact)
     built = b.build(side.node, demand)
     order = [*side.batch, *side.heads, *side.row, *side.depth]
-    atoms = [k for k in range(fact.real)]
+    atoms = list(range(fact.real))
     placed = [k for k in atoms if k in order]
     target = [_lengths(b, fact, demand, group) for group in (side.batch, side.heads, side.row, side.depth)]
     if [fact.flat(d) for d in range(len(fact.dims))] == [range(k, k + 1) for k in range(4)] and order == atoms:
@@ -113,7 +113,7 @@ def _load(b: Builder, load: Load) -> fx.Node:
     built = b.build(load.node, demand)
     sizes = {letter: tuple(k for k, x in enumerate(load.axes) if x == letter) for letter in "bhij"}
     order = [k for letter in "bhij" for k in sizes[letter]]
-    placed = [k for k in range(fact.real)]
+    placed = list(range(fact.real))
     if placed != order:
         built = b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in placed])
         built = b.call(aten.permute.default, built, [placed.index(k) for k in order])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.analysis.sweep import sym
+from kvpass.analysis.sweep import arguments, sym
 
 aten = torch.ops.aten
 
@@ -38,12 +38,12 @@ def normalise(module: fx.GraphModule) -> None:
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
         elif _is_identity(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
         elif node.target in _VIEWS:
             node.target = aten.reshape.default  # without the clones a view may need a copy
         elif node.target is aten.type_as.default:
-            node.target, node.args = aten._to_copy.default, (node.args[0],)
+            node.target, node.args = aten._to_copy.default, (arguments(node)[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
@@ -55,30 +55,33 @@ def _is_identity(node: fx.Node) -> bool:
     if node.target in _IDENTITIES:
         return True
     if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
-        return not node.args[2] or node.args[1] == 0.0
+        return not arguments(node)[2] or arguments(node)[1] == 0.0
     if node.target in (aten._to_copy.default, aten.to.dtype):
-        source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return bool(source.dtype == result.dtype and source.device == result.device)
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor):
-        source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
     return False
 
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
     """The axis of a split and the length of each piece, from the shapes that were traced."""
-    x, axis = node.args[0].meta["val"], _axis(node)  # type: ignore[union-attr]
+    x, axis = arguments(node)[0].meta["val"], _dim(node, 2)
     return axis % x.dim(), [piece.shape[axis] for piece in node.meta["val"]]
 
 
-def _axis(node: fx.Node) -> int:
-    return int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+def _dim(node: fx.Node, place: int) -> int:
+    args: Any = node.args
+    kwargs: Any = node.kwargs
+    return int(args[place] if len(args) > place else kwargs.get("dim", 0))
 
 
 def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
     """``split`` and a ``getitem`` become a ``slice``; ``unbind`` and a ``getitem`` a ``select``."""
+    sizes: list[Any]
     if unbind:
-        axis, sizes = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)), []  # type: ignore[arg-type]
+        axis, sizes = _dim(node, 1), []
     else:
         axis, sizes = _pieces_of_split(node)
         if not all(isinstance(size, int) for size in sizes):
@@ -87,13 +90,13 @@ def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
         if user.target is not operator.getitem:
             return
     for user in list(node.users):
-        k = user.args[1]
+        k = arguments(user)[1]
         with graph.inserting_before(user):
             if unbind:
-                new = graph.call_function(aten.select.int, (node.args[0], axis, k))
+                new = graph.call_function(aten.select.int, (arguments(node)[0], axis, k))
             else:
-                start = sum(sizes[:k])  # type: ignore[misc]
-                new = graph.call_function(aten.slice.Tensor, (node.args[0], axis, start, start + sizes[k]))  # type: ignore[index]
+                start = sum(sizes[:k])
+                new = graph.call_function(aten.slice.Tensor, (arguments(node)[0], axis, start, start + sizes[k]))
         new.meta = {**node.meta, **user.meta}
         user.replace_all_uses_with(new)
         graph.erase_node(user)

@@ -8,7 +8,7 @@ rows becomes "append the new rows, read all rows".
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch.utils._sympy import functions as torch_sympy
 
 from kvpass import errors
 from kvpass.analysis.facts import Atom, Fact, Kind
-from kvpass.analysis.sweep import Analyzed, Step, source_of, sym
+from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.ir import KernelOps, Role
 from kvpass.transforms.attend import emit_attention
+from kvpass.transforms.emit import SPECIAL, Context, plain
 from kvpass.transforms.plan import HEAVY, NEW, Demand, Plan, Slot, canonical, demand_of_operand
-from kvpass.transforms.recognise import Recognised
+from kvpass.transforms.sides import Recognised
 
 aten = torch.ops.aten
 
@@ -228,7 +229,7 @@ class Builder:
             raise errors.NotIncremental(detail=f"{node.name} would be computed for all rows in every call")
         computed = demand | (step.full & frozenset(fact.wide))
         context = Context(self, node, step, computed, iter(self.operands(node, demand)))
-        made = _SPECIAL.get(node.target, plain)(context)
+        made = SPECIAL.get(node.target, plain)(context)
         return self._narrow(made, fact, set(computed), demand)
 
     def operands(self, node: fx.Node, demand: Demand) -> list[fx.Node]:
@@ -302,204 +303,4 @@ _FUNCTIONS: dict[Any, Any] = {
     torch_sympy.FloatPow: operator.pow,
     torch_sympy.PowByNatural: operator.pow,
     torch_sympy.OpaqueUnaryFn_sqrt: lambda x: x**0.5,
-}
-
-
-# -- ops whose arguments speak of sizes or positions ---------------------------------------------------------------
-
-
-@dataclass
-class Context:
-    """One op in the making: its step, the atoms computed in full, and its operands already built."""
-
-    builder: Builder
-    node: fx.Node
-    step: Step
-    everything: Demand
-    operands: Any
-
-    def args(self) -> tuple[Any, ...]:
-        return tuple(self.convert(a) for a in self.node.args)
-
-    def kwargs(self) -> dict[str, Any]:
-        return {k: self.convert(v) for k, v in self.node.kwargs.items()}
-
-    def convert(self, arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            if arg in self.builder.analyzed.steps:
-                return next(self.operands)
-            return self.builder.number(sym(arg.meta["val"]))
-        if isinstance(arg, (list, tuple)):
-            return type(arg)(self.convert(a) for a in arg)
-        return arg
-
-    def sizes(self) -> list[Any]:
-        return self.builder.sizes(self.step.fact, self.everything)
-
-
-def plain(c: Context) -> fx.Node:
-    """The same op on the demanded rows of its operands."""
-    args = c.args()
-    return c.builder.call(c.node.target, *args, **c.kwargs())
-
-
-def _reshape(c: Context) -> fx.Node:
-    return c.builder.call(aten.reshape.default, next(c.operands), c.sizes())
-
-
-def _expand(c: Context) -> fx.Node:
-    return c.builder.call(aten.expand.default, next(c.operands), c.sizes())
-
-
-def _filled(c: Context) -> fx.Node:
-    value = c.node.meta["val"]
-    number = c.step.fact.expr
-    if number is None:
-        raise errors.NotIncremental(detail="a tensor filled with an unknown number")
-    fill: Any = bool(number) if value.dtype is torch.bool else c.builder.number(number)
-    if number in (sympy.oo, -sympy.oo):
-        fill = float(number)
-    return c.builder.call(aten.full.default, c.sizes(), fill, dtype=value.dtype, device=value.device)
-
-
-def _arange(c: Context) -> fx.Node:
-    """``arange(start, end, step)`` over the demanded entries."""
-    args = [c.convert(a) for a in c.node.args]
-    start, step = 0, 1
-    if c.node.target is not aten.arange.default:
-        start = args[0]
-        step = args[2] if len(args) > 2 else c.node.kwargs.get("step", 1)
-    value, b = c.node.meta["val"], c.builder
-    atoms = c.step.fact.atoms
-    lo, hi = b.span(atoms[0], 0 in c.everything) if atoms else (sympy.Integer(0), sympy.Integer(1))
-    if isinstance(start, float) or isinstance(step, float):
-        full = b.call(c.node.target, *args, dtype=value.dtype, device=value.device)
-        return full if 0 in c.everything else b.call(aten.slice.Tensor, full, 0, b.number(lo), b.number(hi))
-    first, last = _at(b, start, step, lo), _at(b, start, step, hi)
-    return b.call(aten.arange.start_step, first, last, step, dtype=value.dtype, device=value.device)
-
-
-def _at(b: Builder, start: Any, step: Any, place: sympy.Expr) -> Any:
-    offset = b.number(place * step) if isinstance(step, int) else b.call(operator.mul, b.number(place), step)
-    if start == 0 and not isinstance(start, fx.Node):
-        return offset
-    if not isinstance(start, fx.Node) and not isinstance(offset, fx.Node):
-        return start + offset
-    return b.call(operator.add, start, offset)
-
-
-def _slice(c: Context) -> fx.Node:
-    x = next(c.operands)
-    b, source = c.builder, c.step.operands[0]
-    before, after = b.analyzed.fact(source), c.step.fact
-    axis = int(c.node.args[1]) % len(before.dims) if len(c.node.args) > 1 else 0  # type: ignore[call-overload]
-    atom = _row_atom(before, axis)
-    if atom is None:
-        args = tuple(c.convert(a) for a in c.node.args[1:])
-        return b.call(aten.slice.Tensor, x, *args)
-    new = _row_atom(after, axis) or Atom(Kind.SEQ, sym(c.node.meta["val"].shape[axis]))
-    whole = c.step.links[0][before.flat(axis)[0]] is None
-    flat = after.flat(axis)
-    everything = whole or (len(flat) > 0 and flat[0] in c.everything)
-    offset = new.start - atom.start
-    if before == after or sym(c.node.meta["val"].shape[axis]) == atom.size:
-        return x
-    asked = canonical(demand_of_operand(c.step, 0, before, c.everything), before)
-    origin, _ = b.span(atom, before.flat(axis)[0] in asked)
-    lo, hi = b.span(new, everything)
-    return b.call(aten.slice.Tensor, x, axis, b.number(offset + lo - origin), b.number(offset + hi - origin))
-
-
-def _row_atom(fact: Fact, axis: int) -> Atom | None:
-    dim = fact.dims[axis]
-    return dim[0] if len(dim) == 1 and dim[0].kind is Kind.SEQ else None
-
-
-def _select(c: Context) -> fx.Node:
-    x = next(c.operands)
-    b, before = c.builder, c.builder.analyzed.fact(c.step.operands[0])
-    axis = int(c.node.args[1]) % len(before.dims)  # type: ignore[call-overload]
-    atom = _row_atom(before, axis)
-    place = c.convert(c.node.args[2])
-    if atom is None or atom.size.is_number:
-        return b.call(aten.select.int, x, axis, place)
-    where = sym(c.node.args[2].meta["val"]) if isinstance(c.node.args[2], fx.Node) else sympy.sympify(c.node.args[2])
-    where = atom.size + where if where.is_negative else where
-    asked = canonical(demand_of_operand(c.step, 0, before, c.everything), before)
-    origin, _ = b.span(atom, before.flat(axis)[0] in asked)
-    return b.call(aten.select.int, x, axis, b.number(where - origin))
-
-
-def _triangle(c: Context) -> fx.Node:
-    """Row and column indices start at the first computed entry: the diagonal moves with them."""
-    x, b, fact = next(c.operands), c.builder, c.step.fact
-    diagonal: Any = c.convert(c.node.args[1]) if len(c.node.args) > 1 else c.node.kwargs.get("diagonal", 0)
-    firsts = []
-    for axis in (-2, -1):
-        flat = fact.flat(axis)
-        firsts.append(b.span(fact.atoms[flat[0]], flat[0] in c.everything)[0] if len(flat) else sympy.Integer(0))
-    moved = b.number(firsts[0] - firsts[1])
-    if isinstance(moved, fx.Node) or isinstance(diagonal, fx.Node):
-        moved = b.call(operator.add, moved, diagonal)
-    else:
-        moved = moved + diagonal
-    return b.call(c.node.target, x, moved)
-
-
-def _repeat(c: Context) -> fx.Node:
-    if any(isinstance(a, fx.Node) for a in c.node.args[1]):  # type: ignore[union-attr]
-        raise errors.NotIncremental(detail="repeat with a count that depends on the sequence")
-    return plain(c)
-
-
-def _sdpa(c: Context) -> fx.Node:
-    """``is_causal`` counts indices from the upper left: spell it as a mask over rows."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    args = dict(zip(names, c.args(), strict=False)) | c.kwargs()
-    if args.pop("is_causal", False):
-        if args.get("attn_mask") is not None:
-            raise errors.NotIncremental(detail="attn_mask beside is_causal")
-        b, q = c.builder, c.builder.analyzed.fact(c.step.operands[0])
-        k = b.analyzed.fact(c.step.operands[1])
-        (i,), (j,) = q.dims[-2], k.dims[-2]
-        device = c.node.meta["val"].device
-        lo, hi = b.span(i, q.flat(-2)[0] in demand_of_operand(c.step, 0, q, c.everything))
-        rows = b.call(aten.arange.start_step, b.number(lo), b.number(hi), 1, device=device)
-        keys = b.call(aten.arange.start_step, 0, b.number(j.size), 1, device=device)
-        args["attn_mask"] = b.call(aten.le.Tensor, keys, b.call(aten.unsqueeze.default, rows, 1))
-    query, key, value = args.pop("query"), args.pop("key"), args.pop("value")
-    return c.builder.call(aten.scaled_dot_product_attention.default, query, key, value, **args)
-
-
-_SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.expand.default: _expand,
-    aten.broadcast_to.default: _expand,
-    aten.arange.default: _arange,
-    aten.arange.start: _arange,
-    aten.arange.start_step: _arange,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.tril.default: _triangle,
-    aten.triu.default: _triangle,
-    aten.repeat.default: _repeat,
-    aten.scaled_dot_product_attention.default: _sdpa,
-    **dict.fromkeys(
-        (
-            aten.zeros.default,
-            aten.zeros_like.default,
-            aten.new_zeros.default,
-            aten.ones.default,
-            aten.ones_like.default,
-            aten.new_ones.default,
-            aten.full.default,
-            aten.full_like.default,
-            aten.new_full.default,
-            aten.scalar_tensor.default,
-        ),
-        _filled,
-    ),
 }

@@ -92,7 +92,7 @@ def index(op: Op) -> Out:
     result = [*rest[: axes[0]], *picked, *rest[axes[0] :]] if adjacent else [*picked, *rest]
     value = expression(x, scope)
     if value is not None and value.free_symbols <= set(reading) | {symbol(y) for d in rest for y in d}:
-        parts.expr = substitute(value, reading)  # type: ignore[arg-type]
+        parts.expr = substitute(value, reading)
     return Out(result, parts, scope.merge_ghosts(ghosts + x.ghosts))
 
 
@@ -100,7 +100,7 @@ def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, readin
     """Say what reading ``x`` along one axis at ``ids`` depends on."""
     scope = op.scope
     value = expression(ids, scope)
-    labels = [label for label in x.dims[axis]]
+    labels = list(x.dims[axis])
     x.everything |= set(labels)
     if scope.size(labels) == 1:
         reading.update({symbol(label): sympy.Integer(0) for label in labels})

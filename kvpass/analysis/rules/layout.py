@@ -81,12 +81,15 @@ def permute(op: Op) -> Out:
     return _same(op, [op.operands[0].dims[d] for d in op.args[1]])
 
 
+def _dims(value: Any, rank: int) -> list[int]:
+    return [d % rank for d in (value if isinstance(value, (list, tuple)) else [value])]
+
+
 @rule(aten.movedim.int, aten.movedim.intlist)
 def movedim(op: Op) -> Out:
     x = op.operands[0]
     rank = len(x.dims)
-    as_list = lambda v: [d % rank for d in (v if isinstance(v, (list, tuple)) else [v])]  # noqa: E731
-    source, target = as_list(op.args[1]), as_list(op.args[2])
+    source, target = _dims(op.args[1], rank), _dims(op.args[2], rank)
     order = [d for d in range(rank) if d not in source]
     for there, here in sorted(zip(target, source, strict=True)):
         order.insert(there, here)
@@ -292,7 +295,7 @@ def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets:
     scope, first = op.scope, ZERO
     scope.full.add(new)
     for x, offset in zip(pieces, offsets, strict=True):
-        x.everything |= {label for label in x.dims[axis]}
+        x.everything |= set(x.dims[axis])
         for label in x.dims[axis]:
             if scope.atoms[label].kind is not Kind.SEQ:
                 continue

@@ -58,25 +58,27 @@ _LOGICAL: dict[str, Callable[..., Boolean]] = {
 }
 _KEEP_ZERO = {
     "neg", "abs", "square", "sqrt", "relu", "gelu", "silu", "tanh", "sin", "erf", "sign", "floor", "round", "relu6",
-    "expm1", "log1p", "tan", "atan", "asinh", "leaky_relu", "elu", "mish", "hardswish", "_to_copy", "to", "ceil", "trunc",
+    "expm1", "log1p", "tan", "atan", "asinh", "leaky_relu", "elu", "mish", "hardswish", "_to_copy", "to", "ceil",
+    "trunc",
 }  # fmt: skip
 _OTHERS = (
     "exp", "exp2", "log", "log2", "log10", "cos", "rsqrt", "reciprocal", "sigmoid", "softplus", "log_sigmoid", "pow",
-    "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv", "clamp_min",
-    "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar", "complex", "real",
-    "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "prelu", "frac", "sgn", "true_divide",
-    "divide", "view_as", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "glu_", "softshrink",
+    "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv",
+    "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar",
+    "complex", "real", "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "frac", "sgn",
+    "true_divide", "divide", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "softshrink",
     "hardshrink", "logit", "special_expit", "clip",
 )  # fmt: skip
 
 
 def _name(op: Op) -> str:
-    return str(op.node.target.overloadpacket.__name__)
+    target: Any = op.node.target
+    return str(target.overloadpacket.__name__)
 
 
 def _values(op: Op, count: int) -> list[Value] | None:
     values = [expression(op.args[k], op.scope) for k in range(min(count, len(op.args)))]
-    return None if any(v is None for v in values) else values  # type: ignore[return-value]
+    return None if any(v is None for v in values) else values
 
 
 def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
@@ -209,9 +211,9 @@ def clamp(op: Op) -> Out:
     if value is not None and all(b is not None for b in bounds):
         expr = value
         if low is not None and expr is not None:
-            expr = apply(sympy.Max, expr, bounds[0])  # type: ignore[arg-type]
+            expr = apply(sympy.Max, expr, bounds[0])
         if high is not None and expr is not None:
-            expr = apply(sympy.Min, expr, bounds[-1])  # type: ignore[arg-type]
+            expr = apply(sympy.Min, expr, bounds[-1])
     return _finish(op, op.gather(), expr)
 
 

@@ -1,0 +1,201 @@
+"""The parts of an attention: its operands as batch, heads, rows and depth, its mask, and what it reads beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch import fx
+
+from kvpass.analysis.expressions import branches, number, simplify
+from kvpass.analysis.facts import Fact, Fill, Kind, index
+from kvpass.analysis.sweep import Analyzed
+from kvpass.analysis.table import support_of
+from kvpass.ir import Attention, B, H, I, J
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Side:
+    """One operand of an attention: a value, and which of its flat atoms are batch, heads, rows and depth, in order.
+
+    ``group`` lists the atoms of the query's heads that share one key/value head.
+    """
+
+    node: fx.Node
+    batch: tuple[int, ...]
+    heads: tuple[int, ...]
+    row: tuple[int, ...]
+    depth: tuple[int, ...]
+    group: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Load:
+    """A tensor that the score expression or the support reads, as ``name(b, h, i, j)``.
+
+    ``axes``: for each flat atom of the node's fact, the letter of the index it follows.
+    """
+
+    name: str
+    node: fx.Node
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """One attention of the graph. ``out`` is the value that holds its result, with heads and depth at these atoms."""
+
+    out: fx.Node
+    spec: Attention
+    query: Side
+    key: Side
+    value: Side
+    result: Side
+    loads: tuple[Load, ...] = ()
+
+
+class NotRecognised(Exception):
+    """This spelling is not recognised; the text says where the walk ended."""
+
+
+LAYOUT = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.t.default,
+    aten.mT.default,
+    aten.repeat_interleave.self_int,
+    aten.repeat.default,
+    aten.slice.Tensor,
+)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+
+
+def only_fill(fact: Fact) -> Any:
+    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside."""
+    if fact.expr is None:
+        return None
+    values = {val for val, _ in branches(number(fact.expr))}
+    low = {val for val in values if val.is_number and Fill.of(val) in (Fill.NEG_INF, Fill.NEG)}
+    known = support_of(fact.expr)
+    return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
+
+
+def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:
+    """A predicate over a mask's atoms as one over ``b h i j``; leaf functions become loads."""
+    if expr is None:
+        raise NotRecognised("a mask without a closed form")
+    names = {"b": B, "h": H, "i": I, "j": J}
+    expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
+    by_name = {f"v_{n.name}": n for n in analyzed.steps}
+    for leaf in sorted(expr.atoms(AppliedUndef), key=str):
+        name = leaf.func.__name__
+        if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
+            raise NotRecognised(f"a mask that reads {leaf}")
+        if all(load.name != name for load in loads):
+            loads.append(Load(name, by_name[name], ()))
+    return expr
+
+
+def side_of(node: fx.Node, fact: Fact, row: Any, depth: Any, heads: list[int] | None = None) -> Side:
+    row, depth = tuple(row), tuple(depth)
+    rest = [k for k in range(fact.real) if k not in row and k not in depth]
+    batch = tuple(k for k in rest if fact.atoms[k].kind is Kind.BATCH)
+    free = [k for k in rest if fact.atoms[k].kind is Kind.FREE]
+    if len(batch) + len(free) != len(rest) or len(row) > 1 or fact.ghosts:
+        raise NotRecognised(f"an operand of axes {fact}")
+    return Side(node, batch, tuple(free if heads is None else heads), row, depth)
+
+
+def count(fact: Fact, atoms: tuple[int, ...]) -> int:
+    return int(sympy.Mul(*(fact.atoms[k].size for k in atoms)))
+
+
+def unrepeated(analyzed: Analyzed, side: Side) -> Side:
+    """The same operand before its heads were repeated; the repeated atoms become the group.
+
+    ``[K, ~G]`` (``repeat_interleave``, ``expand``) is the layout in which query head ``h`` reads head ``h // G``; only
+    that one is taken apart.
+    """
+    fact = analyzed.fact(side.node)
+    repeated = [k for k in side.heads if fact.atoms[k].bcast]
+    kept = [k for k in side.heads if not fact.atoms[k].bcast]
+    if not repeated or list(side.heads) != kept + repeated:
+        return side
+    node, place = side.node, {k: k for k in range(len(fact.atoms)) if k not in repeated and fact.atoms[k].size != 1}
+    found = False
+    while node.target in LAYOUT and not found:  # to the nearest one: what is stored is no nearer to the inputs
+        step = analyzed.steps[node]
+        source = step.operands[0]
+        back = {link: a for a, link in enumerate(step.links[0]) if link is not None}
+        if not all(k in back for k in place.values()):
+            break
+        node, place = source, {mine: back[k] for mine, k in place.items()}
+        inner = analyzed.fact(node)
+        found = sum(1 for a in inner.atoms if a.size != 1) == len(place)
+    if not found:
+        return side
+    move: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ks: tuple(place[k] for k in ks if k in place)  # noqa: E731
+    batch = tuple(k for k, a in enumerate(analyzed.fact(node).atoms) if a.kind is Kind.BATCH)
+    return Side(node, batch, move(tuple(kept)), move(side.row), move(side.depth), tuple(repeated))
+
+
+def always_keeps_a_key(support: Any) -> bool:
+    """True where every row is proved to see its own key."""
+    return bool(simplify(support.xreplace({J: I})) == sympy.true)
+
+
+@dataclass
+class Parts:
+    """Everything but the score: checks that the operands fit and makes the spec."""
+
+    analyzed: Analyzed
+    out: fx.Node
+    query: Side
+    key: Side
+    value: Side
+    result: Side
+
+    def finish(
+        self,
+        scale: float,
+        score: Any,
+        support: Any,
+        loads: list[Load],
+        softmax_dtype: torch.dtype | None = None,
+        empty_is_nan: bool = False,
+    ) -> Recognised:
+        fact = self.analyzed.fact
+        q, k, v = fact(self.query.node), fact(self.key.node), fact(self.value.node)
+        heads = count(q, self.query.heads)
+        kv_heads, value_heads = count(k, self.key.heads), count(v, self.value.heads)
+        if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
+            raise NotRecognised(f"{heads} query heads over {kv_heads} key heads and {value_heads} value heads")
+        dtypes = {q.dtype, k.dtype, v.dtype}
+        if len(dtypes) != 1 and softmax_dtype is None:
+            raise NotRecognised("operands of several dtypes")
+        spec = Attention(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=count(q, self.query.depth),
+            value_size=count(v, self.value.depth),
+            dtype=self.out.meta["val"].dtype,
+            scale=scale,
+            score=score,
+            support=support,
+            loads=tuple(load.name for load in loads),
+            softmax_dtype=softmax_dtype,
+            empty_is_nan=empty_is_nan,
+        )
+        return Recognised(self.out, spec, self.query, self.key, self.value, self.result, tuple(loads))
