@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import kvpass
+from kvpass.frontend.api import recording
 from tests.models import Config, Transformer, build, make_call
 from tests.models.draw import random_config
-from tests.property import standin
+from tests.property import plants, standin
+from tests.property.fast import unverified
 from tests.property.history import STEPS, draw_steps, run_history
 from tests.property.machine import run_machine
 from tests.property.oracle import Mismatch, Model, check_same, compare, identical
@@ -193,3 +196,42 @@ def test_fault_is_seen_by_a_history(fault: Callable[[Transformer], Model], steps
     note = "".join(caught.value.__notes__)
     assert "model: build(Config())" in note
     assert f"# {steps[-1]}" in note
+
+
+# --- faults in the compiler itself ---------------------------------------------------------------------------------
+
+PLANTS: list[tuple[plants.Plant, list[str]]] = [
+    (plants.mask_off_by_one, ["fresh_7", "grow_2"]),
+    (plants.position_off_by_one, ["fresh_7", "grow_1"]),
+    (plants.wrong_page, ["fresh_7", "grow_1"]),
+    (plants.wrong_row_in_page, ["fresh_7", "grow_1"]),
+    (plants.stale_weights, ["fresh_7", "mutate_add", "mutate_load", "mutate_data"]),
+    (plants.blind_keys, ["fresh_7", "fresh_7", "fresh_30"]),
+]
+SEEN_BY_VERIFY = [plants.mask_off_by_one, plants.position_off_by_one, plants.wrong_page, plants.wrong_row_in_page]
+
+
+@pytest.mark.parametrize(("plant", "steps"), PLANTS, ids=[plant.__name__ for plant, _ in PLANTS])
+@pytest.mark.parametrize("output", ["last", "all"])
+def test_plant_is_seen(output: Any, plant: plants.Plant, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(output=output)
+    run_history(config, unverified, steps)
+    plant(monkeypatch)
+    with pytest.raises(Mismatch):
+        run_history(config, unverified, steps)
+
+
+@pytest.mark.parametrize("plant", SEEN_BY_VERIFY)
+@torch.no_grad()
+def test_plant_is_seen_at_compile_time(plant: plants.Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that users get by default turns the fault into a refusal, and the answers stay right."""
+    plant(monkeypatch)
+    torch._dynamo.reset()
+    model = build(Config())
+    cache = kvpass.Cache(capacity="4MiB", page_size=4, poison=True)
+    with recording() as found:
+        fast = kvpass.compile(model, cache=cache)
+        call = make_call(model.config, [TEXT])
+        check_same(fast, model, call.args)
+    assert [record.refusal.code for record in found if record.refusal] == ["KV301"]
+    assert cache.stats().rows_computed == 0

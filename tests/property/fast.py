@@ -11,6 +11,12 @@ def compiled(model: Transformer, capacity: str = "64MiB") -> tuple[Model, kvpass
     return kvpass.compile(model, cache=cache), cache
 
 
+def unverified(model: Transformer) -> tuple[Model, kvpass.Cache]:
+    """Without the check at compile time, which would see a fault before a history does."""
+    cache = kvpass.Cache(capacity="64MiB", page_size=4, poison=True)
+    return kvpass.compile(model, cache=cache, verify=False), cache
+
+
 def few_pages(model: Transformer) -> tuple[Model, kvpass.Cache]:
     """Room for about two texts of full length."""
     config = model.config

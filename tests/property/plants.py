@@ -1,0 +1,85 @@
+"""Faults planted in the compiler itself: what the oracle, and the check at compile time, have to see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpass.frontend import backend
+from kvpass.ir import Captured
+from kvpass.kernels import ops
+from kvpass.runtime.keys import Keys
+from kvpass.runtime.weights import Weights
+from kvpass.transforms.rewrite import Incremental
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Every query of the incremental graph sees one key more than its mask allows."""
+    right = ops.visible
+
+    def visible(*args: Any) -> Tensor:
+        seen = right(*args).clone()
+        seen[..., 1:] |= seen[..., :-1].clone()
+        return seen
+
+    patch.setattr(ops, "visible", visible)
+
+
+def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Positions of the new rows are counted from one too many, as soon as any row is cached."""
+    right = backend.incrementalise
+    arange = torch.ops.aten.arange.start_step
+
+    def shifted(first: Any, last: Any, step: Any, **options: Any) -> Tensor:
+        positions: Tensor = arange(first, last, step, **options)
+        return positions + 1 if first else positions
+
+    def incrementalise(captured: Captured) -> Incremental:
+        incremental = right(captured)
+        for node in incremental.module.graph.nodes:
+            if node.target is arange:
+                node.target = shifted
+        incremental.module.recompile()
+        return incremental
+
+    patch.setattr(backend, "incrementalise", incrementalise)
+
+
+def wrong_page(patch: pytest.MonkeyPatch) -> None:
+    """The block table of a text of several pages is read from the second page on."""
+    right = ops.read
+
+    def read(pool: Tensor, table: Tensor, *rest: Any) -> Tensor:
+        return right(pool, table.roll(1, dims=1), *rest)
+
+    patch.setattr(ops, "read", read)
+
+
+def wrong_row_in_page(patch: pytest.MonkeyPatch) -> None:
+    """New rows are written one row too late in their page."""
+    right = ops.append
+
+    def append(pool: Tensor, rows: Tensor, page: Tensor, offset: Tensor, before: int) -> Tensor:
+        return right(pool, rows, page, (offset + 1) % pool.shape[before + 1], before)
+
+    patch.setattr(ops, "append", append)
+
+
+def stale_weights(patch: pytest.MonkeyPatch) -> None:
+    """No change of a weight is ever noticed."""
+    patch.setattr(Weights, "same", lambda self, tensors: True)
+
+
+def blind_keys(patch: pytest.MonkeyPatch) -> None:
+    """Rows are found by their place in the text alone, whatever stands there."""
+    right = Keys.rows
+
+    def rows(self: Keys, args: Any) -> Any:
+        found, width = right(self, args)
+        return [bytes(len(text)) for text in found], width
+
+    patch.setattr(Keys, "rows", rows)
