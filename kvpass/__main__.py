@@ -60,7 +60,7 @@ def _parser() -> Parser:
     explain.add_argument("--format", choices=["text", "json"], default="text")
     dump = _add_target_command(commands, "dump", "print the graph before and after", _dump)
     stages = ["captured", "facts", "plan", "incremental"]
-    dump.add_argument("--stage", choices=stages, help="one stage of the pipeline; before and after if left out")
+    dump.add_argument("--stage", choices=stages, default="incremental", help="default: incremental, beside captured")
     dump.add_argument("--format", choices=["text", "dot", "svg", "json"], default="text")
     dump.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
     return parser
@@ -99,13 +99,28 @@ def _demo(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     from kvpass.report.cli import explain_command
 
-    return explain_command(*resolve(args.target), args)
+    return explain_command(_compilations(args.target), args)
 
 
 def _dump(args: argparse.Namespace) -> int:
     from kvpass.report.cli import dump_command
 
-    return dump_command(*resolve(args.target), args)
+    return dump_command(_compilations(args.target), args)
+
+
+def _compilations(target: str) -> list[Any]:
+    """The records of the compilations that one call of the TARGET causes."""
+    model, args, kwargs = resolve(target)
+    import torch
+
+    from kvpass.frontend.api import compile, recording
+
+    with recording() as found, torch.no_grad():
+        try:
+            compile(model)(*args, **kwargs)
+        except Exception as error:  # the user's own code again
+            raise InputError(f"running {target} raised {type(error).__name__}: {error}") from error
+    return found
 
 
 def resolve(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

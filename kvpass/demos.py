@@ -76,7 +76,7 @@ def load_gemma3() -> tuple[nn.Module, Any]:
 
 
 def load_nanogpt() -> tuple[nn.Module, Any]:
-    """The model of ``examples/nanogpt.py``, trained on first use: 4 layers, 4 heads of size 32, learned positions."""
+    """The model of ``examples/nanogpt.py``, trained on first use: 3 layers, 3 heads of size 32, learned positions."""
     from safetensors.torch import load_file, save_file
 
     example = _nanogpt()
@@ -159,5 +159,5 @@ DEMOS = {
         "SmolLM2-135M-Instruct", "Explain in a few sentences why the sky is blue.", DECODE_KWARGS, True, load_smollm2
     ),
     "gemma3": Demo("Gemma-3-270M", "The history of the lighthouse begins with", DECODE_KWARGS, True, load_gemma3),
-    "nanogpt": Demo("nanoGPT", "The statement ", {}, False, load_nanogpt),
+    "nanogpt": Demo("nanoGPT", "Beautiful is ", {}, False, load_nanogpt),
 }

@@ -61,6 +61,10 @@ def make_trouble() -> nn.Module:
     raise ZeroDivisionError("seven by zero")
 
 
+def make_failing() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Counter(), (torch.full((1, 4), 99),)
+
+
 def make_without_embedding() -> nn.Module:
     return nn.Linear(2, 2)
 
@@ -100,6 +104,7 @@ def test_usage_errors_exit_with_one(argv: list[str], sentence: str, capsys: pyte
         ("tests.test_cli:make_nothing", "must return a torch.nn.Module"),
         ("tests.test_cli:make_number", "must return a torch.nn.Module"),
         ("tests.test_cli:make_trouble", "raised ZeroDivisionError: seven by zero"),
+        ("tests.test_cli:make_failing", "running tests.test_cli:make_failing raised IndexError"),
         ("tests.test_cli:make_without_embedding", "Linear has no embedding"),
         ("hf:/no/such/folder", "/no/such/folder is not a folder"),
     ],
