@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ def run(name: str, tokens: int, prompt: str | None = None, backend: str = "kvpas
     kwargs = dict(entry.kwargs)
     with torch.no_grad():
         with waiting("compiling"):
-            _warm_up(plain(fast, kwargs), ids)
+            warm_up(plain(fast, kwargs), ids)
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{entry.title}: {parameters / 1e6:.1f} million parameters, float32, {torch.get_num_threads()} threads")
         _print_refusals(backend)
@@ -141,12 +142,22 @@ def _check_length(model: nn.Module, ids: Tensor, tokens: int) -> None:
         raise InputError(f"the prompt has {ids.shape[1]} tokens; with {tokens} more it passes the model's {limit}")
 
 
-def _warm_up(forward: Forward, ids: Tensor) -> None:
-    """Two lengths: Dynamo compiles for the first one only, then for a symbolic one, and then no more."""
-    forward(ids)
-    grown = torch.cat([ids, ids[:, :2]], dim=1)
-    forward(grown)
-    forward(torch.cat([grown, ids[:, :1]], dim=1))
+def warm_up(forward: Forward, ids: Tensor) -> None:
+    """Two lengths: Dynamo compiles for the first one alone, then for a symbolic one, and then no more."""
+    with _hushed():  # that the first one stays unrewritten is no news here
+        forward(ids)
+        forward(torch.cat([ids, ids[:, :2]], dim=1))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    log = logging.getLogger("kvpass")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _print_refusals(backend: str) -> None:
