@@ -149,7 +149,7 @@ class Fact:
 
     def position(self, k: int) -> Expr:
         """The row at which entry ``index(k)`` of SEQ atom ``k`` stands."""
-        return self.atoms[k].start + index(k)
+        return self.atoms[k].start + (index(k) if self.atoms[k].size != 1 else ZERO)
 
     def tainted(self) -> Iterator[tuple[str, Cause]]:
         """The lost properties, by name."""

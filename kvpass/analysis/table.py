@@ -22,7 +22,7 @@ from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, boolean, branches, constant, implies, is_boolean, simplify, substitute
-from kvpass.analysis.facts import Cause, Expr, Fill, Kind
+from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
 
@@ -133,7 +133,7 @@ def row_labels(scope: Scope, labels: list[Label]) -> list[Label]:
 
 
 def row_of(scope: Scope, label: Label) -> Expr:
-    return scope.atoms[label].start + symbol(label)
+    return scope.atoms[label].start + (symbol(label) if scope.atoms[label].size != 1 else ZERO)
 
 
 def bounding_row(op: Op, j: Label, kept: list[Label], support: Boolean) -> Label | None:

@@ -54,7 +54,7 @@ def verify(
     plan = incremental.plan
     room = (texts.rows // _PAGE + 2) * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
-    names = identities(plan.analyzed, dict.fromkeys(captured.constants, b""))
+    names = identities(plan.analyzed, {name: name.encode() for name in captured.constants})
     table = cache.register(
         [SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots]
     )

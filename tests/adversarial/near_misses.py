@@ -163,16 +163,17 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     SortOverFeatures,
     RollAndFlipOverFeatures,
     SoftmaxOverFeatures,
-    StrictMaskWithSink,
     StrictlyLess,
     NotGreater,
     TwoSidedWindowCutOff,
     GlobalRowsAndWindow,
     LogOfPosition,
     PositionOverMaximum,
-    CausalConvolution,
     PreviousRow,
     FirstRowForAll,
     RunningMean,
     SwitchAtLength,
 )
+
+# Causal, and refused by name until a rule covers them: a softmax over keys and a sink, a convolution over rows.
+NOT_YET: tuple[type[Model], ...] = (StrictMaskWithSink, CausalConvolution)

@@ -145,7 +145,7 @@ class HistogramOfTokens(Model):
 
     def forward(self, ids: Tensor) -> Tensor:
         counts = functional.one_hot(ids, 19).sum(1, keepdim=True)
-        return self.head(self.embed(ids)) + counts
+        return self.head(self.embed(ids) + counts.float() @ self.head.weight)
 
 
 class BackwardRecurrence(Model):

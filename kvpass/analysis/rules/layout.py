@@ -190,9 +190,17 @@ def slice_(op: Op) -> Out:
         out.dims = [*x.dims[:axis], scope.fresh(after), *x.dims[axis + 1 :]]
         return out
     (label,) = coarse
+    _counted_from_the_end(op, out, label, start)
     new = _sliced(op, x, label, start, after, step)
     out.dims = [*x.dims[:axis], [new] if after != 1 or scope.atoms[new].kind is Kind.SEQ else [], *x.dims[axis + 1 :]]
     return out
+
+
+def _counted_from_the_end(op: Op, out: Out, label: Label, start: Expr) -> None:
+    """A table that is no sequence, read at a place that moves with the number of rows."""
+    if op.scope.atoms[label].kind is not Kind.SEQ and start.has(op.scope.axes.seq):
+        why = f"{op.node.target} reads a table at {start}, which moves when the text grows"
+        out.parts.length = out.parts.length or op.cause(why, errors.DependsOnLength)
 
 
 def _start(op: Op, before: Expr, after: Expr) -> Expr:
@@ -249,6 +257,7 @@ def select(op: Op) -> Out:
         out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
         return out
     (label,) = coarse
+    _counted_from_the_end(op, out, label, place)
     if scope.atoms[label].kind is Kind.SEQ:
         out.ghosts = [*x.ghosts, _sliced(op, x, label, place, sympy.Integer(1), 1)]
         return out
@@ -395,13 +404,32 @@ def view_as_real(op: Op) -> Out:
 
 @rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(op: Op) -> Out:
-    """Padding of FREE axes; rows are not padded."""
-    x, scope = op.operands[0], op.scope
+    """Entries before and after. Entry ``k`` of a padded row axis is entry ``k - before`` of the operand."""
+    x, scope, amounts = op.operands[0], op.scope, list(op.args[1])
     dims: Dims = [list(dim) for dim in x.dims]
-    for k, size in enumerate(op.shape):
-        if size != scope.size(dims[k]):
-            _only_free(op, dims[k], "padding")
-            dims[k] = scope.fresh(size)
-    out = _same(op, dims)
+    out = _same(op, list(dims))
+    for k in range(len(amounts) // 2):
+        axis, before = len(dims) - 1 - k, amounts[2 * k]
+        if before == 0 and amounts[2 * k + 1] == 0:
+            continue
+        rows = [label for label in dims[axis] if scope.atoms[label].kind is Kind.SEQ]
+        if rows:
+            out.dims[axis] = [_padded_rows(op, x, dims[axis], before, op.shape[axis])]
+        else:
+            _only_free(op, dims[axis], "padding")
+            out.dims[axis] = scope.fresh(op.shape[axis])
     out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
     return out
+
+
+def _padded_rows(op: Op, x: Operand, labels: list[Label], before: Any, size: Expr) -> Label:
+    if len(labels) != 1:
+        raise errors.UnsupportedShape(detail="a merged axis is padded")
+    (label,) = labels
+    start = sympy.Max(op.scope.atoms[label].start - before, ZERO)  # an earlier row is bounded by a later one
+    new = op.scope.new(replace(op.scope.atoms[label], size=size, start=start))
+    op.scope.same[label] = new
+    op.scope.subst[symbol(label)] = symbol(new)
+    x.everything.add(label)
+    op.scope.full.add(new)
+    return new
