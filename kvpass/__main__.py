@@ -119,8 +119,13 @@ def _compilations(target: str) -> list[Any]:
         try:
             compile(model)(*args, **kwargs)
         except Exception as error:  # the user's own code again
-            raise InputError(f"running {target} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"running {target} raised {type(error).__name__}: {_first_line(error)}") from error
     return found
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong; Dynamo adds hints for its own developers after it."""
+    return next(iter(str(error).splitlines()), "")
 
 
 def resolve(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -74,13 +74,23 @@ class _Walk:
         step = self.analyzed.steps[node]
         if node.target in PRODUCTS:
             self.scores_from = at
-            return node, SCORE
+            return node, self.biased(node, step, at) if node.target is aten.baddbmm.default else SCORE
         handler = _POINTWISE.get(_packet(node))
         if node.target in LAYOUT or _packet(node) == "_to_copy":
             return self.back(step.operands[0], _compose(step, 0, at))
         if handler is None:
             raise NotRecognised(f"the scores come from {node.target}")
         return handler(self, node, step, at)
+
+    def biased(self, node: fx.Node, step: Step, at: tuple[int | None, ...]) -> Any:
+        """The score of ``beta * bias + alpha * (q k^T)``."""
+        alpha, beta = _number(node.kwargs.get("alpha", 1)), _number(node.kwargs.get("beta", 1))
+        bias = step.operands[0]
+        if beta == 0:
+            return alpha * SCORE
+        if only_fill(self.analyzed.fact(bias)) is not None:
+            return alpha * SCORE  # in the support already
+        return alpha * SCORE + beta * self.load(bias, step, 0, at)
 
     def into(self, step: Step, k: int, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
         return self.back(step.operands[k], _compose(step, k, at))
