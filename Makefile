@@ -53,7 +53,7 @@ types: $(STAMPS)/kvpass
 check: lint types
 
 test: check $(STAMPS)/models
-	$(BIN)/python -m pytest -m "not soak" --timeout 600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal --timeout 900 $(ARGS)
 
 soak: $(STAMPS)/kvpass $(STAMPS)/models
 	KVPASS_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)

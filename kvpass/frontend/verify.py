@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass import errors
@@ -124,8 +125,9 @@ def _meaningful(analyzed: Analyzed, args: Sequence[Any]) -> dict[int, torch.Tens
         if fact is None or fact.valid == sympy.true:
             continue
         values = _Values(analyzed.captured.module, args)
-        leaves = {f"v_{n.name}": values.of(n) for n in analyzed.steps if f"v_{n.name}" in str(fact.valid)}
-        out[k] = _mask(fact, values.of(node), leaves, analyzed.captured, values)
+        names = {leaf.func.__name__ for leaf in fact.valid.atoms(AppliedUndef)}
+        leaves = {n: values.of(n) for n in analyzed.steps if f"v_{n.name}" in names}
+        out[k] = _mask(analyzed, fact, values.of(node), leaves, values)
     return out
 
 
@@ -142,7 +144,10 @@ class _Values(fx.Interpreter):
         return self.env[node]
 
 
-def _mask(fact: Fact, value: torch.Tensor, leaves: dict[str, Any], captured: Captured, values: _Values) -> torch.Tensor:
+def _mask(
+    analyzed: Analyzed, fact: Fact, value: torch.Tensor, leaves: dict[fx.Node, Any], values: _Values
+) -> torch.Tensor:
+    captured = analyzed.captured
     batch = Keys(captured).batch(values.arguments)
     length = Keys(captured).length(values.arguments)
     sizes = {captured.seq: sympy.Integer(length), captured.batch: sympy.Integer(batch)}
@@ -151,7 +156,10 @@ def _mask(fact: Fact, value: torch.Tensor, leaves: dict[str, Any], captured: Cap
     for k in range(len(fact.atoms)):
         view = [-1 if j == k else 1 for j in range(fact.real)]
         symbols[index(k)] = torch.arange(shape[k]).view(view) if k < fact.real else 0
-    flat = {name: leaf.reshape([d for d in leaf.shape if d != 1] or [1]) for name, leaf in leaves.items()}
+    flat = {
+        f"v_{node.name}": leaf.reshape([int(atom.size.xreplace(sizes)) for atom in analyzed.fact(node).atoms])
+        for node, leaf in leaves.items()
+    }
     kept = evaluate(fact.valid, symbols, flat)
     return torch.as_tensor(kept).expand(shape).reshape(value.shape)
 
