@@ -134,7 +134,9 @@ def peak_bytes() -> int:
 
 def speed_checks(points: list[Point]) -> list[Check]:
     by_rows = {point.rows: point for point in points}
-    checks = [Check("the tokens of all three ways are equal", "", all(point.equal for point in points))]
+    unequal = [point.rows for point in points if not point.equal]
+    told = f"not at {unequal} rows" if unequal else f"at {len(points)} lengths"
+    checks = [Check("the tokens of all three ways are equal", told, not unequal)]
     for rows, other, least in ((512, "plain", 10.0), (128, "dynamic", 1.0), (1024, "dynamic", 1.0)):
         if rows in by_rows:
             ratio = by_rows[rows].ratio(other)
@@ -144,14 +146,15 @@ def speed_checks(points: list[Point]) -> list[Check]:
     return checks
 
 
-def table(points: list[Point]) -> str:
-    """The points as a Markdown table."""
-    lines = ["| rows of context | no cache | DynamicCache | kvpass | against no cache | against DynamicCache |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    for point in points:
-        rates = " | ".join(f"{point.rates[name]:.2f}" for name in NAMES)
-        lines.append(f"| {point.rows} | {rates} | {point.ratio('plain'):.1f} x | {point.ratio('dynamic'):.2f} x |")
-    return "\n".join(lines)
+HEADING = """\
+| rows of context | no cache | DynamicCache | kvpass | against no cache | against DynamicCache |
+| ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def line(point: Point) -> str:
+    """A point as a line of a Markdown table under `HEADING`."""
+    rates = " | ".join(f"{point.rates[name]:.2f}" for name in NAMES)
+    return f"| {point.rows} | {rates} | {point.ratio('plain'):.1f} x | {point.ratio('dynamic'):.2f} x |"
 
 
 def draw(points: list[Point], title: str, path: Path) -> None:
@@ -212,24 +215,28 @@ def main() -> int:
     fast = torch.compile(model, backend="kvpass", options={"cache": cache})
     with waiting("compiling"):
         warm_up(plain(fast, dict(DECODE_KWARGS)), head(ids, 40))
+    print(f"SmolLM2-135M, float32, batch 1, tokens/s; {machine()}\n\n{HEADING}", flush=True)
     points = []
-    with progress() as bar:
-        for rows in bar.track(sorted(args.lengths), description="measuring"):
+    for rows in sorted(args.lengths):
+        with waiting(f"{rows} rows"):
             points.append(measure(model, fast, cache, head(ids, rows), args.steps))
-    print(f"SmolLM2-135M, float32, batch 1, tokens/s; {machine()}\n\n{table(points)}\n")
+        print(line(points[-1]), flush=True)
     checks = [*speed_checks(points), shared_prefix(fast, cache, ids)]
     if args.calls >= 10:
         checks.append(flat_memory(fast, cache, ids, args.calls))
     checks.append(bytes_per_row(model, head(ids, 40)))
-    for check in checks:
-        print(f"{'ok  ' if check.holds else 'FAIL'} {check.promise}{': ' * bool(check.measured)}{check.measured}")
+    print("\n" + "\n".join(f"{'ok  ' if c.holds else 'FAIL'} {c.promise}: {c.measured}" for c in checks))
+    write(points, checks, args)
+    return 0 if all(check.holds for check in checks) else 1
+
+
+def write(points: list[Point], checks: list[Check], args: argparse.Namespace) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         data = {"machine": machine(), "points": [asdict(p) for p in points], "checks": [asdict(c) for c in checks]}
         args.json.write_text(json.dumps(data, indent=2) + "\n")
     if args.png:
         draw(points, f"SmolLM2-135M, float32, batch 1, CPU ({os.cpu_count()} cores)", args.png)
-    return 0 if all(check.holds for check in checks) else 1
 
 
 if __name__ == "__main__":
