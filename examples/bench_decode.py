@@ -163,7 +163,7 @@ def draw(points: list[Point], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
     rows = [point.rows for point in points]
@@ -177,8 +177,8 @@ def draw(points: list[Point], title: str, path: Path) -> None:
             ha="center", fontsize=9, color="#1f5fa8",
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="rows of context", ylabel="tokens per second", xticks=rows)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(y=0.16)
     axes.grid(True, which="major", color="#d9dce1", lw=0.7)
