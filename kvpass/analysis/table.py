@@ -73,6 +73,11 @@ class Op:
                 parts.length = parts.length or self.cause(
                     f"{name_of(self.node)} uses the number of rows, {number}, as a number", errors.DependsOnLength
                 )
+            batch = self.scope.axes.batch
+            if isinstance(number, sympy.Basic) and batch.free_symbols and number.has(batch):
+                parts.batch = parts.batch or self.cause(
+                    f"{name_of(self.node)} uses the size of the batch as a number", errors.MixesBatch
+                )
         return parts
 
     def scalars(self) -> Iterator[Any]:

@@ -107,7 +107,11 @@ class _Texts:
         for given, node, value in zip(self.captured.inputs, nodes, self.real, strict=True):
             if given.role is Role.SYMBOL:
                 expr = sym(node.meta["val"])
-                args.append(end if expr == self.captured.seq else int(expr.xreplace(self.values)))
+                known = sympy.sympify(
+                    expr.xreplace(self.values)
+                )  # a number of the caller's has no tensor to be read off
+                number = int(known) if known.is_number else value.node.hint
+                args.append(end if expr == self.captured.seq else number)
             elif given.role in (Role.SEQUENCE, Role.FORM):
                 for axis in given.seq_axes:
                     value = value.detach().index_select(axis, rows.to(value.device))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
 
 
@@ -21,6 +22,7 @@ class Keys:
         self.forms = captured.of(Role.FORM)
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
         self.signature = repr(head).encode()
+        self.numbers = _free_numbers(captured)
         lead = self.sequences[0]
         self.lead, self.lead_axis = lead.index, lead.seq_axes[0]
 
@@ -49,11 +51,20 @@ class Keys:
         for given in self.contexts:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
+        for k in self.numbers:
+            digest.update(f"{k}={args[k]};".encode())
         for given in self.sequences:
             digest.update(
                 f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1 :])}".encode()
             )
         return digest.digest()
+
+
+def _free_numbers(captured: Captured) -> list[int]:
+    """Symbolic numbers that the caller passes: neither the length of the sequence nor the size of the batch."""
+    nodes = {n.name: n for n in captured.module.graph.nodes if n.op == "placeholder"}
+    sizes = (captured.seq, captured.batch)
+    return [i.index for i in captured.of(Role.SYMBOL) if sym(nodes[i.name].meta["val"]) not in sizes]
 
 
 def tensor_bytes(value: Any) -> bytes:

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from kvpass.analysis.facts import Fact, Kind
+from kvpass.analysis.facts import Fact, Fill, Kind
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
 from kvpass.transforms.sides import (
@@ -22,6 +22,7 @@ from kvpass.transforms.sides import (
     Parts,
     Recognised,
     count,
+    emptied_by_index,
     only_fill,
     predicate,
     side_of,
@@ -85,7 +86,10 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
         return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
     known = only_fill(fact)
     if known is not None:
-        return sympy.And(support, predicate(analyzed, known, letters, loads)), SCORE
+        support = sympy.And(support, predicate(analyzed, known, letters, loads))
+        if fact.fill is Fill.NEG and emptied_by_index(support):
+            raise NotRecognised("a finite fill empties a row")
+        return support, SCORE
     load = Load(f"load_{mask.name}", mask, letters)
     loads.append(load)
     return support, SCORE + sympy.Function(load.name, real=True)(B, H, I, J)

@@ -156,6 +156,12 @@ def always_keeps_a_key(support: Any) -> bool:
     return bool(simplify(support.xreplace({J: I})) == sympy.true)
 
 
+def emptied_by_index(support: Any) -> bool:
+    """True where some row may see no key whatever the caller's data are: a finite fill then means a mean over all."""
+    terms = sympy.And.make_args(simplify(support.xreplace({J: I})))
+    return any(term != sympy.true and not term.atoms(AppliedUndef) for term in terms)
+
+
 @dataclass
 class Parts:
     """Everything but the score: checks that the operands fit and makes the spec."""

@@ -22,6 +22,7 @@ from kvpass.transforms.sides import (
     Recognised,
     Side,
     always_keeps_a_key,
+    emptied_by_index,
     only_fill,
     predicate,
     side_of,
@@ -145,7 +146,10 @@ class _Walk:
         heads = [k for k, name in enumerate(letters) if name == "h" and index(k) in fact.support.free_symbols]
         if len(heads) > 1:
             raise NotRecognised("the mask differs by head")
-        return predicate(self.analyzed, fact.support, letters, self.loads)
+        support = predicate(self.analyzed, fact.support, letters, self.loads)
+        if fact.fill is Fill.NEG and emptied_by_index(support):
+            raise NotRecognised("a finite fill empties a row")
+        return support
 
     def match(self, product: fx.Node, score: Any, out: fx.Node, weights_at: int) -> Recognised:
         q, k = self._query_and_key(product)
