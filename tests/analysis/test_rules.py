@@ -1,0 +1,167 @@
+"""Every transfer rule against brute force: perturb a row, see which entries change."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from kvpass import errors
+from kvpass.analysis.facts import Kind
+from kvpass.analysis.sweep import Analyzed, analyze
+from kvpass.analysis.table import RULES, Op, Out
+from kvpass.ir import Captured
+from tests.analysis import overloads
+from tests.analysis.claims import check, kind_of
+from tests.analysis.programs import SELF, Case, Env, draw
+from tests.analysis.programs_layout import LAYOUT
+from tests.analysis.tools import analysis_of, captured_of, outputs_of, pruned
+
+aten = torch.ops.aten
+CASES: dict[str, Case] = SELF | LAYOUT
+
+UNSOUND: dict[str, str] = {
+    "matmul_complement": "rsub claims zero where its operand is zero: 1 - w is one there",
+    "index_previous_wraps": "an index of -1 reads the last row; only its upper bound is checked",
+    "index_mask_buffer": "the closed form of a table is read at a negative index, which wraps",
+    "cat_replaces_the_last": "a piece that ends s - 2 rows on makes the next piece's place depend on the length",
+    "pad_replaces_the_last": "padding behind s - 2 rows depends on the length",
+    "cumsum_rows_outside": "a running sum over [features x rows] reads all rows of the features before",
+    "roll_rows_and_features": "roll over several axes, or over none, looks at axis 0 only",
+    "batch_scale": "arange(B) on the batch axis is not noticed as a dependence on the place in the batch",
+    "softmax_scaled_away": "a very negative fill stays one through any number of multiplications by 0.2",
+    "softmax_mask_cancelled": "a very negative fill stays one whatever is added to it",
+    "softmax_mask_times_zero": "the support of a sum ignores alpha",
+    "baddbmm_tiny_beta": "the support of baddbmm ignores beta",
+    "vector_norm_smallest": "a norm of order -inf sees the zeros that a sum ignores",
+    "arange_bfloat16": "closed forms of half precision are taken as exact",
+    "cast_bfloat16": "closed forms of half precision are taken as exact",
+    "cast_half_compare": "closed forms of half precision are taken as exact, and so are masks made of them",
+    "cast_uint8": "closed forms of small integers are taken not to overflow",
+    "mask_sum_of_bools": "a sum of two bools is their disjunction, not a number",
+    "softmax_finite_empty": "zero outside the support is claimed of a row that the mask empties (though marked whole)",
+}
+UNSOUND_OVERLOADS: dict[Any, str] = {
+    aten.rsub.Tensor: "zero is claimed where the operand that is subtracted is zero; alpha is on the wrong operand",
+    aten.rsub.Scalar: "zero is claimed where the operand that is subtracted is zero; alpha is ignored",
+    aten.minimum.default: "zero is claimed where one operand is zero",
+    aten.maximum.default: "zero is claimed where one operand is zero",
+    aten.add.Tensor: "the support ignores alpha; a sum of bools is taken as a number",
+    aten.add.Scalar: "alpha as a positional argument is ignored",
+    aten.sub.Scalar: "alpha as a positional argument is ignored",
+    aten.to.dtype: "a fill is claimed of a cast to an integer that cannot hold it",
+}
+BY_PROGRAM = (aten.clip.default, aten.clamp.default, aten.masked_fill.Tensor)
+NOT_RUN: dict[Any, str] = {
+    **dict.fromkeys(
+        (aten.flatten.using_ints, aten.numpy_T.default, aten.mT.default, aten.movedim.int), "traced as others"
+    ),
+    **dict.fromkeys(
+        (
+            aten.randn_like.default, aten.randint_like.default, aten.bernoulli.default, aten.bernoulli.p,
+            aten.multinomial.default, aten.normal_functional.default,
+        ),
+        "one rule with rand_like and randint: chance, whatever the operands",
+    ),
+    **dict.fromkeys(
+        (aten._softmax.default, aten._log_softmax.default, aten._safe_softmax.default), "one rule with softmax"
+    ),
+    **dict.fromkeys(
+        (aten.native_dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default), "as dropout"
+    ),
+    **overloads.BY_HAND,
+}  # fmt: skip
+
+
+@cache
+def everything() -> Captured:
+    """All programs in one graph: tracing is what costs."""
+
+    def together(*inputs: torch.Tensor) -> list[Any]:
+        env = Env(*inputs)
+        return [case.program(env) for case in CASES.values()]
+
+    return captured_of(together, *draw())
+
+
+@cache
+def analyzed(name: str) -> Analyzed | None:
+    """None where the program is refused."""
+    graph = everything()
+    try:
+        return analyze(pruned(graph, outputs_of(graph)[list(CASES).index(name)]))
+    except errors.Refusal:
+        return None
+
+
+def kind(found: Analyzed | None) -> str:
+    return "refused" if found is None else kind_of(found.fact(found.outputs[0]))
+
+
+def marked(names: dict[Any, Any], reasons: dict[Any, str]) -> list[Any]:
+    """Parameters, those with a known defect marked as failing."""
+    return [
+        pytest.param(n, id=str(n), marks=[pytest.mark.xfail(strict=True, reason=reasons[n])] if n in reasons else [])
+        for n in names
+    ]
+
+
+@pytest.mark.parametrize("name", marked(CASES, UNSOUND))
+def test_fact_is_sound_and_as_strong_as_expected(name: str) -> None:
+    found = analyzed(name)
+    problems = [] if found is None else check(found, draw())
+    assert [str(p) for p in problems] == []
+    assert kind(found) == CASES[name].kind
+
+
+@pytest.mark.parametrize("target", marked(dict.fromkeys(overloads.pointwise()), UNSOUND_OVERLOADS))
+def test_pointwise_overload_is_sound(target: Any) -> None:
+    assert [str(p) for p in overloads.problems() if p.target is target] == []
+    assert target in BY_PROGRAM or overloads.graph()[1][target], "no operands that it takes"
+
+
+def test_every_rule_is_exercised_or_excused() -> None:
+    run = {n.target for graph in (everything(), overloads.graph()[0]) for n in graph.module.graph.nodes}
+    numbers = {t for t in RULES if overloads.is_about_numbers(t) and t not in run}
+    assert set(RULES) - run - numbers == set(NOT_RUN) - run
+    assert all(RULES[t].__module__.endswith(("pointwise", "factories", "layout", "reductions")) for t in numbers)
+
+
+@pytest.mark.xfail(strict=True, reason=UNSOUND["roll_rows_and_features"])
+@pytest.mark.parametrize("axes", [((1, 1), (1, 2)), ((1,), ())])
+def test_roll_of_one_text(axes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    found = analysis_of(lambda x: x.roll(*axes), draw(1)[0])
+    assert kind(found) in ("whole", "refused")
+
+
+# -- the checker itself ---------------------------------------------------------------------------------------------
+
+
+def rowwise(op: Op) -> Out:
+    """A rule that says of any op that its entries are those of its operand."""
+    x = op.operands[0]
+    return Out([list(d) for d in x.dims][: len(op.shape)], op.gather(), x.ghosts)
+
+
+def sum_is_harmless(op: Op) -> Out:
+    x, parts = op.operands[0], op.gather()
+    parts.deps = {d for d in parts.deps if op.scope.atoms[d].kind is not Kind.SEQ}
+    return Out([x.dims[0], x.dims[2]], parts, x.ghosts)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "rule"),
+    [
+        ("flip_rows", aten.flip.default, rowwise),
+        ("flip_batch", aten.flip.default, rowwise),
+        ("roll_rows", aten.roll.default, rowwise),
+        ("softmax_unmasked", aten.softmax.int, rowwise),
+        ("sum_rows", aten.sum.dim_IntList, sum_is_harmless),
+        ("sort_rows", aten.sort.default, lambda op: [rowwise(op), rowwise(op)]),
+        ("cumsum_batch", aten.cumsum.default, rowwise),
+    ],
+)
+def test_checker_refutes_a_wrong_rule(name: str, target: Any, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = everything()
+    monkeypatch.setitem(RULES, target, rule)
+    assert check(analyze(pruned(graph, outputs_of(graph)[list(CASES).index(name)])), draw())
