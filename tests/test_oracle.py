@@ -12,6 +12,7 @@ from torch import Tensor
 import kvpass
 from kvpass.frontend.api import recording
 from tests.models import Config, Transformer, build, make_call
+from tests.models.config import LAST_K
 from tests.models.draw import random_config
 from tests.property import plants, standin
 from tests.property.fast import unverified
@@ -132,7 +133,7 @@ def test_swapped_rows_are_seen(output: Any) -> None:
 
 
 def right(model: Transformer) -> tuple[Model, CacheLike]:
-    memo = standin.Memo(model)
+    memo = standin.Memo(model, shortest=LAST_K if model.config.output == "last_k" else 2)
     return memo, memo
 
 

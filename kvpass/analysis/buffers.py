@@ -12,7 +12,7 @@ from collections.abc import Callable
 import sympy
 import torch
 
-from kvpass.analysis.expressions import Value, constant
+from kvpass.analysis.expressions import Value, boolean, constant
 from kvpass.analysis.facts import Fill, index
 
 _MAX_ENTRIES = 1 << 26
@@ -34,13 +34,7 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     if flat.shape[0] < 2:
         return None
     form = _bands(flat) or _chunks(flat) or _triangle(flat, leaf)
-    return form if form is None or tensor.dtype is not torch.bool else _as_bool(form)
-
-
-def _as_bool(form: Value) -> Value:
-    from kvpass.analysis.expressions import boolean
-
-    return boolean(form)
+    return form if form is None or tensor.dtype is not torch.bool else boolean(form)
 
 
 def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
@@ -70,12 +64,8 @@ def _bands(m: torch.Tensor) -> Value | None:
     values = [_value(by_offset[k]) for k in starts]
     if any(v is None for v in values):
         return None
-    pieces = [(v, _until(offset, starts[k + 1] - rows)) for k, v in enumerate(values[:-1])]
+    pieces = [(v, sympy.Le(offset, starts[k + 1] - rows)) for k, v in enumerate(values[:-1])]
     return sympy.Piecewise(*pieces, (values[-1], True)) if pieces else values[0]
-
-
-def _until(offset: Value, last: int) -> Value:
-    return sympy.Le(index(1) - index(0), last)
 
 
 def _chunks(m: torch.Tensor) -> Value | None:

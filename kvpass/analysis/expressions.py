@@ -15,7 +15,7 @@ from sympy.functions.elementary.piecewise import Piecewise
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 Value: TypeAlias = sympy.Basic
-_LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
+LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
 
 _RELATIONS: dict[str, Callable[[Value, Value], Boolean]] = {
     "eq": sympy.Eq,
@@ -87,7 +87,7 @@ def join(parts: Iterable[tuple[Value, Boolean]]) -> Value | None:
         return next(iter(merged))
     pairs = list(merged.items())
     out = Piecewise(*pairs[:-1], (pairs[-1][0], True))
-    return None if sympy.count_ops(out) > _LIMIT else out
+    return None if sympy.count_ops(out) > LIMIT else out
 
 
 def apply(function: Callable[..., Value], *values: Value) -> Value | None:

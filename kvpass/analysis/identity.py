@@ -16,8 +16,8 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.facts import Atom, Fact, Kind
-from kvpass.analysis.sweep import Analyzed, sym
+from kvpass.analysis.facts import Atom, Kind
+from kvpass.analysis.sweep import Analyzed, attribute, sym
 from kvpass.ir import Input, Role
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ class _Hasher:
         if node.op == "placeholder":
             parts = self.input(self.inputs[node.name])
         elif node.op == "get_attr":
-            parts = ["constant", _content(_attribute(self.analyzed.captured.module, str(node.target)))]
+            parts = ["constant", digest_of(attribute(self.analyzed.captured.module, str(node.target)))]
         elif expr is not None and not expr.atoms(AppliedUndef):
             parts = ["index", sympy.srepr(expr.xreplace(self.rename))]
         else:
@@ -99,22 +99,9 @@ def _axis(dim: tuple[Atom, ...], rename: dict[Any, Any]) -> str:
     return ".".join(f"{a.kind.value}:{a.size.xreplace(rename)}:{a.start.xreplace(rename)}" for a in kept)
 
 
-def _attribute(module: Any, path: str) -> torch.Tensor:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module  # type: ignore[no-any-return]
-
-
-def _content(tensor: torch.Tensor) -> bytes:
-    return digest_of(tensor)
-
-
 def digest_of(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and contents."""
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
     data: Any = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
     return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
-
-
-__all__ = ["Fact", "Kind", "digest_of", "identities"]

@@ -222,10 +222,11 @@ class Scope:
         ghosts = self.merge_ghosts([label for op in operands for label in op.ghosts])
         for k in range(rank):
             present = [(op, op.dims[k - rank + len(op.dims)]) for op in operands if k - rank + len(op.dims) >= 0]
-            dims.append(self._broadcast_axis(present, ghosts))
+            dims.append(self.broadcast_axis(present, ghosts))
         return dims, ghosts
 
-    def _broadcast_axis(self, present: list[tuple[Operand, list[Label]]], ghosts: list[Label]) -> list[Label]:
+    def broadcast_axis(self, present: list[tuple[Operand, list[Label]]], ghosts: list[Label]) -> list[Label]:
+        """One axis of several operands: its labels in the result. Rows of size one join ``ghosts``, in place."""
         wide = [(op, dim) for op, dim in present if self.size(dim) != 1]
         units = [label for _, dim in present if self.size(dim) == 1 for label in dim]
         if not wide:

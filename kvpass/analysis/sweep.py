@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,11 @@ from torch import fx
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import Value
-from kvpass.analysis.facts import ONE, Atom, Cause, Expr, Fact, Kind, index
+from kvpass.analysis.expressions import LIMIT, Value
+from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
-
-_LIMIT = 400
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _step(
             return None
         return Step((_input_fact(node, given, captured),))
     if node.op == "get_attr":
-        return Step((_constant_fact(node, _attribute(captured.module, str(node.target))),))
+        return Step((_constant_fact(node, attribute(captured.module, str(node.target))),))
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
@@ -117,7 +115,8 @@ def _step(
     return _call(node, steps, axes)
 
 
-def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node names."""
     for name in path.split("."):
         module = getattr(module, name)
     return module  # type: ignore[return-value]
@@ -169,7 +168,7 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
 def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = fact.expr
-    if expr is not None and sympy.count_ops(expr) > _LIMIT:
+    if expr is not None and sympy.count_ops(expr) > LIMIT:
         expr = None
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
@@ -233,15 +232,3 @@ def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
     links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()
     full = frozenset(first[scope.representative(x)] for x in scope.full if scope.representative(x) in first)
     return Step(tuple(facts), operands, links, full)
-
-
-def describe(analyzed: Analyzed, render: Callable[[str], str] = str) -> str:
-    """The graph with one line per value: name, op, fact."""
-    lines = []
-    for node in analyzed.captured.module.graph.nodes:
-        if node in analyzed.steps and node.op != "placeholder":
-            lines.append(render(f"{node.name:<28} {node.target!s:<44} {analyzed.steps[node].fact}"))
-    return "\n".join(lines)
-
-
-__all__ = ["ONE", "Analyzed", "Step", "analyze", "describe", "source_of", "sym"]

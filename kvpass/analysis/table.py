@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, boolean, branches, constant, implies, is_boolean, simplify, substitute
+from kvpass.analysis.expressions import Value, branches, constant, implies, is_boolean, simplify, substitute
 from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
@@ -229,6 +229,3 @@ def pretty(scope: Scope, value: Value) -> str:
     symbols = sorted((s for s in value.free_symbols if s.name.startswith("_")), key=lambda s: int(s.name[1:]))
     names = dict(zip(reversed(symbols), ("j", "i"), strict=False))
     return str(value.xreplace({old: sympy.Symbol(new, integer=True, nonnegative=True) for old, new in names.items()}))
-
-
-__all__ = ["RULES", "Op", "Out", "boolean", "rule"]

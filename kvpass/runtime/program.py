@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from kvpass import errors
+from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
 from kvpass.ir import Captured, Role
+from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.weights import Weights
 from kvpass.transforms.rewrite import Incremental
@@ -139,9 +141,6 @@ class Program:
 
 def form_holds(mask: torch.Tensor, form: Any) -> bool:
     """True where a ``[.., S, S]`` tensor is the closed form, over ``x0`` and ``x1``, in every entry."""
-    from kvpass.analysis.facts import index
-    from kvpass.kernels.reference import evaluate
-
     rows = mask.reshape(mask.shape[-2:]) if mask.dim() >= 2 else mask
     size = rows.shape[0]
     symbols = {
@@ -161,6 +160,3 @@ def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
     with torch.no_grad():
         outputs: Outputs = incremental.module.forward(*args, *extra)
     return outputs
-
-
-__all__ = ["Bound", "Program", "form_holds", "run"]

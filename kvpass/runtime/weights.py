@@ -19,7 +19,7 @@ from kvpass.analysis.identity import digest_of
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
 _lock = threading.Lock()
-_digests: Any = WeakIdKeyDictionary()  # tensor -> (address, version, sample, digest)
+_digests: Any = WeakIdKeyDictionary()  # tensor -> ((address, version, sample), digest)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -32,10 +32,6 @@ def _peek(tensor: torch.Tensor) -> np.ndarray | None:
         return None
     flat = tensor.detach().reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())
     step = max(1, len(flat) // _SAMPLES)
-    return flat[step // 2 :: step][:_SAMPLES].reshape(-1) if step == 1 else _strided(flat, step)
-
-
-def _strided(flat: np.ndarray, step: int) -> np.ndarray:
     view: np.ndarray = flat[step // 2 :: step][:_SAMPLES]
     return view
 

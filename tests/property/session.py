@@ -76,12 +76,17 @@ class Session:
 
     def remember(self, batch: Sequence[Tokens], pads: Sequence[int] | None) -> None:
         # A padded text has another mask, and other keys: it says nothing of the same tokens without padding.
-        # A single row proves nothing and runs unrewritten (KV102): it is not remembered.
-        if len(batch[0]) == 1:
+        if self.too_short(batch):
             return
         for row, text in enumerate(batch):
             pad = pads[row] if pads else 0
             self.known.append(tuple(-1 for _ in range(pad)) + text[pad:])
+
+    def too_short(self, batch: Sequence[Tokens]) -> bool:
+        """A single row proves nothing (KV102), and of a text shorter than `LAST_K` Dynamo makes a graph of fixed length
+        (KV101): both run unrewritten, and nothing is remembered of them.
+        """
+        return len(batch[0]) < (LAST_K if self.config.output == "last_k" else 2)
 
     def new_rows(self, text: Tokens) -> int:
         """How many rows of `text` no earlier call has computed."""
@@ -95,7 +100,7 @@ class Session:
 
     def check_work(self, batch: Sequence[Tokens], pads: Sequence[int] | None, computed: int) -> None:
         """Work is proportional to what is new (C2), exactly: neither nothing is remembered, nor too much."""
-        if not (self.counted and self.config.provable) or pads or len(batch[0]) == 1:
+        if not (self.counted and self.config.provable) or pads or self.too_short(batch):
             return
         new = max(self.new_rows(text) for text in batch)
         # A batch computes from its smallest prefix.

@@ -26,10 +26,11 @@ class Memo:
 
     Args:
         forgets: keeps the books of a compiler that never reuses anything.
+        shortest: shorter texts are not remembered (`Session.too_short`).
     """
 
-    def __init__(self, model: Callable[..., Any], *, forgets: bool = False) -> None:
-        self.model, self.forgets = model, forgets
+    def __init__(self, model: Callable[..., Any], *, forgets: bool = False, shortest: int = 2) -> None:
+        self.model, self.forgets, self.shortest = model, forgets, shortest
         self.seen: set[bytes] = set()
         self.counts = Counts()
         self.weights = self.fingerprint()
@@ -53,7 +54,7 @@ class Memo:
         length = texts.shape[1]
         keys = [[_key(t[: i + 1], m[: i + 1]) for i in range(length)] for t, m in zip(texts, mask, strict=True)]
         cached = min(sum(key in self.seen for key in row) for row in keys)
-        if length > 1:
+        if length >= self.shortest:
             self.seen.update(key for row in keys for key in row)
         self.counts = replace(self.counts, rows_computed=self.counts.rows_computed + length - cached)
         return answer

@@ -28,7 +28,7 @@ def scaled_dot_product_attention(op: Op) -> Out:
     if op.arg(4, "dropout_p", 0.0):
         parts.random = op.cause("scaled_dot_product_attention with dropout_p", errors.Randomness)
     lead, ghosts = _lead(op, q, k, v)
-    rows, keys = list(q.dims[-2]), scope._broadcast_axis([(k, k.dims[-2]), (v, v.dims[-2])], [])
+    rows, keys = list(q.dims[-2]), scope.broadcast_axis([(k, k.dims[-2]), (v, v.dims[-2])], [])
     support, fill = _kept(op, lead, rows, keys)
     kept = [label for dim in (*lead, rows) for label in scope.expanded(dim)] + ghosts
     gone = [label for label in scope.expanded(keys) if scope.atoms[label].size != 1]
@@ -53,7 +53,7 @@ def _lead(op: Op, q: Operand, k: Operand, v: Operand) -> tuple[list[list[Label]]
         present = [(x, x.dims[axis]) for x in (q, k, v) if len(x.dims) >= -axis]
         if grouped and axis == -3:
             present = [(q, q.dims[axis])]
-        dims.append(scope._broadcast_axis(present, ghosts))
+        dims.append(scope.broadcast_axis(present, ghosts))
     return dims, ghosts
 
 

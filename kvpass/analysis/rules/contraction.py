@@ -22,7 +22,7 @@ def contract(op: Op, operands: Sequence[Operand], specs: Sequence[Sequence[str]]
     axes: dict[str, list[Label]] = {}
     for name in dict.fromkeys(n for spec in specs for n in spec):
         present = [(x, x.dims[spec.index(name)]) for x, spec in zip(operands, specs, strict=True) if name in spec]
-        axes[name] = scope._broadcast_axis(present, ghosts)
+        axes[name] = scope.broadcast_axis(present, ghosts)
     parts = op.gather()
     parts.support, parts.fill = _product(op, operands)
     gone = [label for name, labels in axes.items() if name not in out for label in scope.expanded(labels)]

@@ -225,15 +225,13 @@ def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any
     scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
     if atom.kind is Kind.SEQ:
         scope.same[label] = new
-        if not _is_tail(op, scope.atoms[new], x.fact) and not (
-            start == 0 and atom.start == 0 and size.has(scope.axes.seq)
-        ):
+        if not _is_tail(op, scope.atoms[new]) and not (start == 0 and atom.start == 0 and size.has(scope.axes.seq)):
             x.everything.add(label)
             scope.full.add(new)
     return new
 
 
-def _is_tail(op: Op, atom: Atom, fact: Any) -> bool:
+def _is_tail(op: Op, atom: Atom) -> bool:
     """The last ``k`` rows, for a constant ``k``: always among the new ones."""
     return bool(atom.size.is_number and atom.start + atom.size == op.scope.axes.seq)
 
@@ -287,7 +285,7 @@ def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> O
     ghosts = scope.merge_ghosts([label for x in pieces for label in x.ghosts])
     dims: Dims = []
     for k in range(len(pieces[0].dims)):
-        dims.append([] if k == axis else scope._broadcast_axis([(x, x.dims[k]) for x in pieces], ghosts))
+        dims.append([] if k == axis else scope.broadcast_axis([(x, x.dims[k]) for x in pieces], ghosts))
     total = sympy.Add(*sizes)
     (new,) = scope.fresh(total) or [scope.new(Atom(Kind.FREE, total))]
     rows = scope.atoms[new].kind is Kind.SEQ
@@ -346,7 +344,7 @@ def diff(op: Op) -> Out:
     )
     scope.full.add(label)
     dims = [
-        dim if k == axis else scope._broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], [])
+        dim if k == axis else scope.broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], [])
         for k, dim in enumerate(x.dims)
     ]
     value, before = expression(x, scope), expression(prepend, scope)
