@@ -125,7 +125,7 @@ def evaluate(expr: Any, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str,
     if expr == sympy.true or expr == sympy.false:
         return bool(expr)
     if expr.is_number:
-        return int(expr) if expr.is_Integer else float(expr)
+        return int(expr) if expr.is_Integer and abs(expr) < 1 << 62 else float(expr)
     if isinstance(expr, AppliedUndef):
         leaf = leaves[expr.func.__name__]
         if isinstance(leaf, _Broadcast):

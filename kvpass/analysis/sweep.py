@@ -15,7 +15,7 @@ from torch import fx
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value
+from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
@@ -168,11 +168,12 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
 def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = fact.expr
-    if expr is not None and sympy.count_ops(expr) > LIMIT:
+    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(expr, fact.dtype)):
         expr = None
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=_leaf_value(node, fact) if small else None)
+    fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
     fact = replace(fact, support=support, fill=fill)
@@ -185,6 +186,30 @@ def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
     return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None)
+
+
+def _exact(expr: Value, dtype: torch.dtype) -> bool:
+    """True where a dtype holds the closed form without rounding or wrapping, for every length.
+
+    Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay.
+    (float32 counts to 2**24, more rows than a cache holds.)
+    """
+    wide = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
+    if dtype in wide or dtype.is_complex or is_boolean(expr):
+        return True
+    values = [value for value, _ in branches(expr)]
+    if not all(value.is_number for value in values):
+        return False
+    return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
+
+
+def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
+    """A closed form that speaks of the index along the batch itself, not only of what is stored there."""
+    places = {index(k) for k, a in enumerate(fact.atoms) if a.kind is Kind.BATCH and a.size != 1}
+    bare = expr.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Dummy())
+    if not places & bare.free_symbols:
+        return None
+    return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
 
 
 def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:

@@ -73,7 +73,8 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
     parts = product.parts
     parts.support, parts.fill = sympy.true, None
     known = op.known(bias)
-    if known is not None and known[1] is not Fill.ZERO:
+    beta = op.kwargs.get("beta", 1)
+    if known is not None and (beta >= 1 if known[1] is Fill.NEG else beta > 0 and known[1] is Fill.NEG_INF):
         parts.support, parts.fill = known
     return Out(dims, parts, product.ghosts + bias.ghosts)
 

@@ -45,8 +45,9 @@ def _lose(op: Op, parts: Parts, label: Label) -> None:
     atom = op.scope.atoms[label]
     if atom.kind is Kind.SEQ:
         why = f"{name_of(op.node)} reads the sequence at a row that is not known"
-        parts.deps -= {d for d in parts.deps if op.scope.representative(d) == label}
-        parts.whole = parts.whole or op.cause(why)
+        used = {d for d in parts.deps if op.scope.representative(d) == label}
+        parts.deps -= used
+        parts.whole = parts.whole or (op.cause(why) if used else None)
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     if atom.kind is Kind.BATCH and atom.size != 1:
         parts.batch = parts.batch or op.cause(
@@ -83,8 +84,11 @@ def index(op: Op) -> Out:
     indices = [i for _, i in places]
     picked, ghosts = scope.broadcast(indices)
     reading: dict[sympy.Basic, Value] = {}
+    parts.batch = None  # what the indices know of the place in the batch is judged axis by axis
     for axis, ids in places:
-        _read_axis(op, parts, x, axis, ids, reading)
+        if not _read_axis(op, parts, x, axis, ids, reading):
+            parts.batch = parts.batch or ids.fact.batch
+    parts.batch = parts.batch or x.fact.batch
     axes = [d for d, _ in places]
     dims = list(x.dims)
     adjacent = axes == list(range(axes[0], axes[-1] + 1))
@@ -96,36 +100,39 @@ def index(op: Op) -> Out:
     return Out(result, parts, scope.merge_ghosts(ghosts + x.ghosts))
 
 
-def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, reading: dict[sympy.Basic, Value]) -> None:
-    """Say what reading ``x`` along one axis at ``ids`` depends on."""
+def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, reading: dict[sympy.Basic, Value]) -> bool:
+    """Say what reading ``x`` along one axis at ``ids`` depends on; True where it is the batch axis again."""
     scope = op.scope
     value = expression(ids, scope)
     labels = list(x.dims[axis])
     x.everything |= set(labels)
     if scope.size(labels) == 1:
         reading.update({symbol(label): sympy.Integer(0) for label in labels})
-        return
-    if value is None or len(labels) != 1:
+        return True  # there is one entry, whatever the index
+    if value is not None:
+        value = scope.resolve(value)
+    if value is None or len(labels) != 1 or not value.is_nonnegative:  # a negative index wraps around
         for label in labels:
             _lose(op, parts, label)
-        return
+        return False
     (label,) = labels
-    value = scope.resolve(value)
     reading[symbol(label)] = value
     atom = scope.atoms[label]
     if atom.kind is Kind.BATCH:
-        _read_batch(op, parts, label, value)
-    elif atom.kind is Kind.SEQ:
+        return _read_batch(op, parts, label, value)
+    if atom.kind is Kind.SEQ:
         _read_rows(op, parts, label, value, ids)
+    return False
 
 
-def _read_batch(op: Op, parts: Parts, label: Label, value: Value) -> None:
+def _read_batch(op: Op, parts: Parts, label: Label, value: Value) -> bool:
     """``x[arange(B)]`` is the batch axis again."""
     for other, atom in list(op.scope.atoms.items()):
         if value == symbol(other) and atom.size == op.scope.atoms[label].size:
             op.scope.atoms[other] = op.scope.atoms[label]
-            return
+            return True
     _lose(op, parts, label)
+    return False
 
 
 def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand) -> None:

@@ -311,6 +311,15 @@ def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets:
             if moved:
                 parts.deps = (parts.deps - moved) | {new}
     scope.atoms[new] = replace(scope.atoms[new], start=first)
+    for offset in offsets:
+        _moves_with_the_length(op, parts, first + offset)
+
+
+def _moves_with_the_length(op: Op, parts: Parts, first: Expr) -> None:
+    """What begins at a row counted from the end, before the end, is elsewhere when the text has grown."""
+    if first.has(op.scope.axes.seq) and not (first - op.scope.axes.seq).is_nonnegative:
+        why = f"{op.node.target} puts something at row {first}, which moves when the text grows"
+        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
 
 
 def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], place: sympy.Symbol) -> Value | None:
@@ -413,6 +422,10 @@ def pad(op: Op) -> Out:
         rows = [label for label in dims[axis] if scope.atoms[label].kind is Kind.SEQ]
         if rows:
             out.dims[axis] = [_padded_rows(op, x, dims[axis], before, op.shape[axis])]
+            if amounts[2 * k + 1] > 0:
+                (new,) = out.dims[axis]
+                last = scope.atoms[new].start + op.shape[axis] - amounts[2 * k + 1]
+                _moves_with_the_length(op, out.parts, last)
         else:
             _only_free(op, dims[axis], "padding")
             out.dims[axis] = scope.fresh(op.shape[axis])

@@ -9,7 +9,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from kvpass.analysis.expressions import Value, apply, boolean, compare, number, simplify
+from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, number, simplify
 from kvpass.analysis.facts import Fill
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule
@@ -42,6 +42,11 @@ _ARITHMETIC: dict[str, Callable[..., Value]] = {
     "maximum": lambda a, b: sympy.Max(a, b),
     "square": lambda a: a * a,
 }
+_WITH_ALPHA: dict[str, Callable[[Value], Callable[..., Value]]] = {
+    "add": lambda alpha: lambda a, b: a + alpha * b,
+    "sub": lambda alpha: lambda a, b: a - alpha * b,
+    "rsub": lambda alpha: lambda a, b: b - alpha * a,
+}
 _RELATIONAL = ("eq", "ne", "lt", "le", "gt", "ge")
 _LOGICAL: dict[str, Callable[..., Boolean]] = {
     "__and__": sympy.And,
@@ -56,11 +61,11 @@ _LOGICAL: dict[str, Callable[..., Boolean]] = {
     "bitwise_not": sympy.Not,
     "logical_not": sympy.Not,
 }
-_KEEP_ZERO = {
+_KEEP_ZERO = (
     "neg", "abs", "square", "sqrt", "relu", "gelu", "silu", "tanh", "sin", "erf", "sign", "floor", "round", "relu6",
     "expm1", "log1p", "tan", "atan", "asinh", "leaky_relu", "elu", "mish", "hardswish", "_to_copy", "to", "ceil",
     "trunc",
-}  # fmt: skip
+)  # fmt: skip
 _OTHERS = (
     "exp", "exp2", "log", "log2", "log10", "cos", "rsqrt", "reciprocal", "sigmoid", "softplus", "log_sigmoid", "pow",
     "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv",
@@ -92,11 +97,15 @@ def arithmetic(op: Op) -> Out:
     name, values = _name(op), _values(op, 2)
     parts = op.gather()
     combine = _ARITHMETIC[name]
-    if "alpha" in op.kwargs:
-        alpha = sympy.sympify(op.kwargs["alpha"])
-        combine = (lambda a, b: a + alpha * b) if name == "add" else (lambda a, b: a - alpha * b)
-    expr = None if values is None else apply(combine, *values)
-    parts.support, parts.fill = _sum_support(op) if name in ("add", "sub") else _product_support(op, name)
+    alpha = op.arg(2, "alpha", 1)
+    if alpha != 1:
+        combine = _WITH_ALPHA[name](sympy.sympify(alpha))
+    # bool + bool is a disjunction, not a number
+    expr = None if values is None or op.dtypes[0] is torch.bool else apply(combine, *values)
+    if name in ("add", "sub") and alpha == 1:
+        parts.support, parts.fill = _sum_support(op)
+    elif name in ("mul", "multiply"):
+        parts.support, parts.fill = _product_support(op, name)
     return _finish(op, parts, expr)
 
 
@@ -118,11 +127,21 @@ def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
         return sympy.true, None  # x - (-inf)
     low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
     if low:
+        if any(k[1] is Fill.NEG for k in low) and any(_may_cancel(op, a) for a in op.args[:2]):
+            return sympy.true, None
         fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
         return sympy.And(*(k[0] for k in low)), fill
     if all(k is not None for k in known) and len(known) == 2:
         return sympy.Or(*(k[0] for k in known if k is not None)), Fill.ZERO
     return sympy.true, None
+
+
+def _may_cancel(op: Op, value: Any) -> bool:
+    """True of a term in closed form that may be large enough to bring a very negative entry back."""
+    expr = expression(value, op.scope)
+    if expr is None:
+        return False
+    return any(not val.is_number or val > 1000 for val, _ in branches(expr))
 
 
 def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
@@ -136,7 +155,7 @@ def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
     factor = op.args[1] if len(tensors) == 1 and len(op.args) > 1 else None
     if known and isinstance(factor, (int, float)) and name in ("mul", "multiply", "div"):
         scale = float(factor) if name != "div" else 1 / float(factor) if factor else 0.0
-        if scale > 0.1 or (scale > 0 and known[0][1] is Fill.NEG_INF):
+        if scale >= 1 or (scale > 0 and known[0][1] is Fill.NEG_INF):
             return known[0]
     return sympy.true, None
 
@@ -159,7 +178,7 @@ def logical(op: Op) -> Out:
 def keeps_zero(op: Op) -> Out:
     parts, name = op.gather(), _name(op)
     known = op.known(op.args[0])
-    if known is not None and (known[1] is Fill.ZERO or name in ("_to_copy", "to")):
+    if known is not None and (known[1] is Fill.ZERO or (name in ("_to_copy", "to") and op.dtypes[0].is_floating_point)):
         parts.support, parts.fill = known
     if known is not None and name == "relu":
         parts.support, parts.fill = known[0], Fill.ZERO

@@ -117,12 +117,18 @@ def variance(op: Op) -> Any:
 
 @rule(aten.linalg_vector_norm.default)
 def vector_norm(op: Op) -> Any:
-    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), (Fill.ZERO,))
+    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), _norm_ignores(op))
+
+
+def _norm_ignores(op: Op) -> tuple[Fill, ...]:
+    """Zeros add nothing to a norm of positive order; one of negative order is a minimum."""
+    order = op.arg(1, "ord" if "ord" in op.kwargs else "p", 2)
+    return (Fill.ZERO,) if order is None or order > 0 else ()
 
 
 @rule(aten.norm.ScalarOpt_dim)
 def norm(op: Op) -> Any:
-    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), (Fill.ZERO,))
+    return _reduce(op, op.arg(2, "dim"), bool(op.arg(3, "keepdim", False)), _norm_ignores(op))
 
 
 # -- same shape out -------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ def softmax(op: Op) -> Out:
         for j in row_labels(scope, labels):
             keeps_a_key(op, parts, j, bounding_row(op, j, rest, known[0]), *known)
     _mix(op, parts, labels, rest, known if known is not None and known[1] in _LOW else None)
-    if known is not None and known[1] in _LOW and not log:
+    if known is not None and known[1] in _LOW and not log and parts.whole is None:
         parts.support, parts.fill = known[0], Fill.ZERO
     return Out(x.dims, parts, x.ghosts)
 
@@ -168,19 +174,20 @@ def layer_norm(op: Op) -> Any:
     return Out(x.dims, parts, x.ghosts)
 
 
-def _along(op: Op, axis: int, size: Any = None, outputs: int = 1) -> Any:
-    """Entries along one axis are rearranged or combined in a way that depends on all of them."""
+def _along(op: Op, where: Any, outputs: int = 1) -> Any:
+    """Entries along some axes are rearranged or combined in a way that depends on all of them."""
     x, scope = op.operands[0], op.scope
-    axis = _axes(op, axis)[0]
-    labels = list(x.dims[axis])
+    axes = _axes(op, where)
+    labels = [label for axis in axes for label in x.dims[axis]]
     rest = [label for label in x.labels if label not in labels]
     outs = []
     for k in range(outputs):
         parts = op.gather()
         _mix(op, parts, labels, rest, None)
         dims = list(x.dims)
-        if op.shapes[k][axis] != scope.size(labels):
-            dims[axis] = scope.fresh(op.shapes[k][axis])
+        for axis in axes:
+            if op.shapes[k][axis] != scope.size(dims[axis]):
+                dims[axis] = scope.fresh(op.shapes[k][axis])
         outs.append(Out(dims, parts, x.ghosts))
     return outs[0] if outputs == 1 else outs
 
@@ -204,14 +211,12 @@ def argsort(op: Op) -> Any:
 
 @rule(aten.roll.default)
 def roll(op: Op) -> Any:
-    return _along(op, op.arg(2, "dims")[0]) if len(op.arg(2, "dims", [])) == 1 else _along(op, 0)
+    return _along(op, op.arg(2, "dims", []))  # without axes it runs over all of them
 
 
 @rule(aten.flip.default)
 def flip(op: Op) -> Any:
-    dims = op.args[1]
-    rows = [d for d in dims if row_labels(op.scope, op.operands[0].dims[d])]
-    return _along(op, (rows or dims)[0])
+    return _along(op, op.args[1]) if op.args[1] else Out(op.operands[0].dims, op.gather(), op.operands[0].ghosts)
 
 
 @rule(aten.fft_fft.default, aten.fft_rfft.default, aten.fft_ifft.default)
@@ -224,6 +229,8 @@ def cumsum(op: Op) -> Out:
     """A running sum reads rows up to its own: dependence is unchanged."""
     x, scope = op.operands[0], op.scope
     axis = _axes(op, op.args[1])[0]
+    if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
+        return _along(op, axis)  # type: ignore[no-any-return]
     parts = op.gather()
     labels = x.dims[axis]
     for label in labels:
