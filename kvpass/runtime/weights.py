@@ -26,11 +26,21 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _unwatched(tensor: torch.Tensor) -> bool:
+    """True where nothing tells of a change, so that the contents must be read in every call.
+
+    Tensors made under ``inference_mode`` have no version; of a CPU tensor with holes no cheap sample can be taken.
+    """
+    return tensor.is_inference() or (tensor.device.type == "cpu" and tensor.numel() > 0 and _peek(tensor) is None)
+
+
 def _peek(tensor: torch.Tensor) -> np.ndarray | None:
     """A view of some entries, spread over a tensor; None where that would cost a copy."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0 or tensor.is_quantized:
+    dense = tensor.detach()
+    dense = dense.permute(sorted(range(dense.dim()), key=dense.stride, reverse=True))  # a transposed one has no holes
+    if tensor.device.type != "cpu" or not dense.is_contiguous() or tensor.numel() == 0 or tensor.is_quantized:
         return None
-    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())
+    flat = dense.reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.element_size())
     step = max(1, len(flat) // _SAMPLES)
     view: np.ndarray = flat[step // 2 :: step][:_SAMPLES]
     return view
@@ -38,6 +48,8 @@ def _peek(tensor: torch.Tensor) -> np.ndarray | None:
 
 def content(tensor: torch.Tensor) -> bytes:
     """The content digest of a constant, computed again only where it may have changed."""
+    if _unwatched(tensor):
+        return digest_of(tensor)
     peek = _peek(tensor)
     mark = (tensor.data_ptr(), _version(tensor), b"" if peek is None else peek.tobytes())
     with _lock:
@@ -57,6 +69,7 @@ class Weights:
         self.names = tuple(tensors)
         self.tensors = tuple(tensors.values())
         self.digests = {name: content(tensor) for name, tensor in tensors.items()}
+        self._unwatched = [(name, tensor) for name, tensor in tensors.items() if _unwatched(tensor)]
         self._marks = self._now()
         self._peeks = [p for p in map(_peek, self.tensors) if p is not None]
         self._sample = self._look()
@@ -71,7 +84,9 @@ class Weights:
         """True where these are the same tensors with the contents that they had."""
         if any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
             return False
-        return self._now() == self._marks and self._look() == self._sample
+        if self._now() != self._marks or self._look() != self._sample:
+            return False
+        return all(digest_of(tensor) == self.digests[name] for name, tensor in self._unwatched)
 
     def changed(self, other: Weights) -> list[str]:
         """The constants whose contents differ from those of ``other``."""

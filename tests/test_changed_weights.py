@@ -1,0 +1,73 @@
+"""A weight that changes is noticed, however it is written; nothing stale is answered."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvpass
+from kvpass.runtime.weights import Weights
+
+
+class Small(nn.Module):
+    """Causal attention; the key projection is applied as a transposed parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+        self.key = nn.Parameter(torch.randn(8, 8).t())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(nn.functional.scaled_dot_product_attention(x, x @ self.key, x, is_causal=True))
+
+
+def add(model: Small) -> None:
+    model.key.add_(1.0)
+
+
+def scale_data_with_stride(model: Small) -> None:
+    model.key.data.mul_(2)
+
+
+def scale_data(model: Small) -> None:
+    model.embed.weight.data.mul_(2)
+
+
+def replace_data(model: Small) -> None:
+    model.embed.weight.data = torch.randn(19, 8)
+
+
+def load(model: Small) -> None:
+    model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [add, scale_data_with_stride, scale_data, replace_data, load])
+@torch.no_grad()
+def test_no_stale_answer(change: Callable[[Small], None]) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Small().eval()
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
+    ids = torch.randint(0, 19, (1, 11))
+    fast(ids)
+    change(model)
+    torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_one_entry_of_a_tensor_without_a_version() -> None:
+    with torch.inference_mode():
+        tensor = torch.zeros(1000, 8)
+        held = Weights({"w": tensor})
+        assert held.same((tensor,))
+        tensor[517, 3] = 1
+        assert not held.same((tensor,))
+
+
+def test_one_entry_of_a_tensor_with_holes() -> None:
+    tensor = torch.zeros(1000, 16)[:, :8]
+    held = Weights({"w": tensor})
+    assert held.same((tensor,))
+    tensor.data[517, 3] = 1
+    assert not held.same((tensor,))
