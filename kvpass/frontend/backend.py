@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -96,25 +97,33 @@ def kvpass(
         raise errors.OptionError(f"kvpass has no mode {mode!r}; leave it out")
     captured: Captured | None = None
     try:
-        _refuse_unsuitable(gm, example_inputs)
-        captured = capture(gm, example_inputs)
-        incremental = _incrementalise(captured)
-        if chosen.verify:
-            verify(captured, incremental, gm, example_inputs)
+        with _defects_named():
+            _refuse_unsuitable(gm, example_inputs)
+            captured = capture(gm, example_inputs)
+            incremental = incrementalise(captured)
+            if chosen.verify:
+                verify(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
-    program = Program(captured, incremental, gm.forward, cache, _incrementalise)
+    program = Program(captured, incremental, gm.forward, cache, _rebuild)
     _record(Record(captured, program, None))
     return program
 
 
-def _incrementalise(captured: Captured) -> Incremental:
-    """The pipeline; a defect of ours leaves the user with the plain model and a report, not with a traceback."""
-    try:
+def _rebuild(captured: Captured) -> Incremental:
+    """The pipeline again, for constants whose contents the proof had used."""
+    with _defects_named():
         return incrementalise(captured)
+
+
+@contextmanager
+def _defects_named() -> Iterator[None]:
+    """A defect of ours leaves the user with the plain model and a report by name, not with a traceback."""
+    try:
+        yield
     except errors.Refusal:
         raise
     except Exception as error:
