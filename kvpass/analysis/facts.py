@@ -86,6 +86,11 @@ def index(k: int) -> sympy.Symbol:
     return sympy.Symbol(f"x{k}", integer=True, nonnegative=True)
 
 
+def leaf_name(node: str) -> str:
+    """The function that stands for the entries of a node without a closed form."""
+    return f"v_{node}"
+
+
 @dataclass(frozen=True)
 class Fact:
     """What is known of one tensor.

@@ -17,6 +17,7 @@ from sympy.logic.boolalg import Boolean
 from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute
 from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, index
+from kvpass.analysis.laws import Laws
 
 Label = int
 Dims = list[list[Label]]
@@ -65,10 +66,14 @@ def quotient(a: Expr, b: Expr) -> Expr | None:
 
 @dataclass(frozen=True)
 class Axes:
-    """What sizes say: the symbol of the sequence's length, and of the batch's size where it has one."""
+    """What sizes say: the symbol of the sequence's length, and of the batch's size where it has one.
+
+    ``laws`` gathers what is known of the leaf functions while a graph is swept.
+    """
 
     seq: sympy.Symbol
     batch: Expr
+    laws: Laws = field(default_factory=dict)
 
     def kind(self, size: Expr) -> Kind:
         if size.has(self.seq):

@@ -14,9 +14,10 @@ from torch import fx
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
+from kvpass.analysis import laws
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
-from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index
+from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
@@ -143,7 +144,7 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
     fact = Fact(tuple(dims), value.dtype)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    return settle(replace(fact, deps=frozenset(fact.rows)), node, captured.seq)
+    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch))
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
@@ -156,7 +157,7 @@ def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
 
 
 def _leaf(node: fx.Node, fact: Fact) -> Value:
-    function = sympy.Function(f"v_{node.name}", integer=True)
+    function = sympy.Function(leaf_name(node.name), integer=True)
     return function(*(index(k) for k in range(len(fact.atoms))))
 
 
@@ -165,7 +166,7 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
     return sympy.Ne(leaf, 0) if fact.dtype is torch.bool else leaf
 
 
-def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
+def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = fact.expr
     if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(expr, fact.dtype)):
@@ -173,11 +174,12 @@ def settle(fact: Fact, node: fx.Node, seq: sympy.Symbol) -> Fact:
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=_leaf_value(node, fact) if small else None)
+    expr = laws.apply(expr, axes.laws)
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
     fact = replace(fact, support=support, fill=fill)
-    if expr.has(seq):
+    if expr.has(axes.seq):
         length = length or Cause(
             node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
         )
@@ -252,7 +254,7 @@ def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
         fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
         if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):
             raise errors.UnsupportedShape(detail=f"{op.node.target}: {fact.shape()} was inferred for {op.shapes[k]}")
-        facts.append(settle(fact, op.node, scope.axes.seq) if len(outs) == 1 else fact)
+        facts.append(settle(fact, op.node, scope.axes) if len(outs) == 1 else fact)
         first = first or place
     links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()
     full = frozenset(first[scope.representative(x)] for x in scope.full if scope.representative(x) in first)

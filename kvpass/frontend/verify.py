@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.facts import Fact, index
+from kvpass.analysis.facts import Fact, index, leaf_name
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import Analyzed, sym
 from kvpass.cache import Cache, SlotSpec
@@ -130,7 +130,7 @@ def _meaningful(analyzed: Analyzed, args: Sequence[Any]) -> dict[int, torch.Tens
             continue
         values = _Values(analyzed.captured.module, args)
         names = {leaf.func.__name__ for leaf in fact.valid.atoms(AppliedUndef)}
-        leaves = {n: values.of(n) for n in analyzed.steps if f"v_{n.name}" in names}
+        leaves = {n: values.of(n) for n in analyzed.steps if leaf_name(n.name) in names}
         out[k] = _mask(analyzed, fact, values.of(node), leaves, values)
     return out
 
@@ -161,7 +161,7 @@ def _mask(
         view = [-1 if j == k else 1 for j in range(fact.real)]
         symbols[index(k)] = torch.arange(shape[k]).view(view) if k < fact.real else 0
     flat = {
-        f"v_{node.name}": leaf.reshape([int(atom.size.xreplace(sizes)) for atom in analyzed.fact(node).atoms])
+        leaf_name(node.name): leaf.reshape([int(atom.size.xreplace(sizes)) for atom in analyzed.fact(node).atoms])
         for node, leaf in leaves.items()
     }
     kept = evaluate(fact.valid, symbols, flat)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 
-from kvpass.analysis.facts import Atom, Fact, Kind, index
+from kvpass.analysis.facts import Atom, Fact, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.ir import B, Captured, H, I, J
 from kvpass.report.formula import Leaf
@@ -49,7 +49,7 @@ def leaves(analyzed: Analyzed) -> dict[str, Leaf]:
     """What the leaf functions of closed forms stand for."""
     names = display_names(analyzed.captured)
     return {
-        f"v_{node.name}": Leaf(names.get(node.name, node.name), step.fact.dtype is torch.bool)
+        leaf_name(node.name): Leaf(names.get(node.name, node.name), step.fact.dtype is torch.bool)
         for node, step in analyzed.steps.items()
     }
 

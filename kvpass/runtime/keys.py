@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
+from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
@@ -61,10 +63,21 @@ class Keys:
 
 
 def _free_numbers(captured: Captured) -> list[int]:
-    """Symbolic numbers that the caller passes: neither the length of the sequence nor the size of the batch."""
+    """Symbolic numbers that the caller passes and that a value may depend on.
+
+    Neither the length of the sequence nor the size of the batch, nor a number that is only the stride of an input:
+    where the bytes of a tensor lie does not change what it says.
+    """
     nodes = {n.name: n for n in captured.module.graph.nodes if n.op == "placeholder"}
-    sizes = (captured.seq, captured.batch)
-    return [i.index for i in captured.of(Role.SYMBOL) if sym(nodes[i.name].meta["val"]) not in sizes]
+    read = set(captured.seq.free_symbols) | set(sympy.sympify(captured.batch).free_symbols)
+    seen: set[sympy.Symbol] = set()
+    for node in captured.module.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, torch.Tensor):
+                seen.update(s for size in value.shape for s in sym(size).free_symbols)
+            elif node.op != "placeholder" or node.users:
+                seen.update(sym(value).free_symbols if isinstance(value, (torch.SymInt, torch.SymFloat)) else ())
+    return [i.index for i in captured.of(Role.SYMBOL) if (sym(nodes[i.name].meta["val"]).free_symbols & seen) - read]
 
 
 def tensor_bytes(value: Any) -> bytes:

@@ -12,7 +12,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass.analysis.expressions import branches, number, simplify
-from kvpass.analysis.facts import Fact, Fill, Kind, index
+from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
 from kvpass.ir import Attention, B, H, I, J
@@ -98,7 +98,7 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         raise NotRecognised("a mask without a closed form")
     names = {"b": B, "h": H, "i": I, "j": J}
     expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
-    by_name = {f"v_{n.name}": n for n in analyzed.steps}
+    by_name = {leaf_name(n.name): n for n in analyzed.steps}
     for leaf in sorted(expr.atoms(AppliedUndef), key=str):
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):

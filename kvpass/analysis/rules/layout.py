@@ -348,7 +348,9 @@ def diff(op: Op) -> Out:
     parts = op.gather()
     for operand in op.operands:
         operand.everything |= set(operand.dims[axis])
-    parts.deps = {d for d in parts.deps if scope.representative(d) != label} | (
+    before = [y for y in prepend.dims[axis] if scope.atoms[y].kind is Kind.SEQ and scope.atoms[y].start == 0]
+    moved = {label, *before}  # the first row is bounded by every row
+    parts.deps = {d for d in parts.deps if scope.representative(d) not in moved} | (
         {label} if scope.deps(x) or scope.deps(prepend) else set()
     )
     scope.full.add(label)
@@ -356,11 +358,11 @@ def diff(op: Op) -> Out:
         dim if k == axis else scope.broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], [])
         for k, dim in enumerate(x.dims)
     ]
-    value, before = expression(x, scope), expression(prepend, scope)
-    if value is not None and before is not None:
+    value, given = expression(x, scope), expression(prepend, scope)
+    if value is not None and given is not None:
         k = symbol(label)
         zero = {k: ZERO} | {symbol(y): ZERO for y in prepend.dims[axis]}
-        first = apply(lambda a, b: a - b, value.xreplace({k: ZERO}), before.xreplace(zero))
+        first = apply(lambda a, b: a - b, value.xreplace({k: ZERO}), given.xreplace(zero))
         later = apply(lambda a, b: sympy.expand(a - b), value, value.xreplace({k: k - 1}))
         if first is not None and later is not None:
             parts.expr = join([(sympy.expand(first), sympy.Eq(k, 0)), (sympy.expand(later), sympy.Ne(k, 0))])

@@ -8,8 +8,9 @@ import sympy
 import torch
 
 from kvpass import errors
+from kvpass.analysis import laws
 from kvpass.analysis.expressions import number
-from kvpass.analysis.facts import Fill, Kind
+from kvpass.analysis.facts import Fill, Kind, leaf_name
 from kvpass.analysis.scope import Label, Operand, symbol
 from kvpass.analysis.table import (
     Op,
@@ -148,8 +149,8 @@ def softmax(op: Op) -> Out:
         for j in row_labels(scope, labels):
             keeps_a_key(op, parts, j, bounding_row(op, j, rest, known[0]), *known)
     _mix(op, parts, labels, rest, known if known is not None and known[1] in _LOW else None)
-    if known is not None and known[1] in _LOW and not log and parts.whole is None:
-        parts.support, parts.fill = known[0], Fill.ZERO
+    if known is not None and known[1] in _LOW and parts.whole is None and (not log or known[1] is Fill.NEG_INF):
+        parts.support, parts.fill = known[0], Fill.NEG_INF if log else Fill.ZERO
     return Out(x.dims, parts, x.ghosts)
 
 
@@ -239,6 +240,7 @@ def cumsum(op: Op) -> Out:
     rows = set(row_labels(scope, list(labels)))
     x.everything |= rows
     scope.full |= rows
+    laws.learn(scope.axes.laws, leaf_name(op.node.name), x.fact, axis)
     value = expression(x, scope)
     if value is not None and len(labels) == 1:
         value = number(value)
