@@ -17,7 +17,7 @@ from kvpass import errors
 from kvpass.cache import Cache
 from kvpass.frontend.capture import capture
 from kvpass.frontend.pipeline import incrementalise
-from kvpass.frontend.verify import verify
+from kvpass.frontend.verify import PlainFailed, verify
 from kvpass.ir import Captured
 from kvpass.runtime import default_cache
 from kvpass.runtime.program import Program
@@ -101,16 +101,31 @@ def kvpass(
             _refuse_unsuitable(gm, example_inputs)
             captured = capture(gm, example_inputs)
             incremental = incrementalise(captured)
-            if chosen.verify:
-                verify(captured, incremental, gm, example_inputs)
+            unchecked = chosen.verify and not _checked(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
     program = Program(captured, incremental, gm.forward, cache, _rebuild)
+    if unchecked:
+        program.check_first(lambda args: _checked(captured, incremental, gm, args))
     _record(Record(captured, program, None))
     return program
+
+
+def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, args: Sequence[Any]) -> bool:
+    """False where the model itself raises on these arguments: the check waits for better ones.
+
+    Raises:
+        Refusal: the two graphs differ.
+    """
+    with _defects_named():
+        try:
+            verify(captured, incremental, gm, args)
+        except PlainFailed:
+            return False
+    return True
 
 
 def _rebuild(captured: Captured) -> Incremental:

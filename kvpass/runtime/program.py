@@ -62,13 +62,20 @@ class Program:
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
+        self._check: Callable[[Sequence[Any]], bool] | None = None
         self._bound: Bound | None = self._bind(incremental, Weights(captured.constants))
 
     @property
     def incremental(self) -> Incremental | None:
         return None if self._bound is None else self._bound.incremental
 
+    def check_first(self, check: Callable[[Sequence[Any]], bool]) -> None:
+        """Serve nothing from the cache before ``check`` has returned True for the arguments of a call."""
+        self._check = check
+
     def __call__(self, *args: Any) -> Outputs:
+        if self._check is not None and not self._passes(args):
+            return self._plainly(args)
         bound = self._current(args)
         if bound is None or not self._forms_hold(args):
             return self._plainly(args)
@@ -91,6 +98,22 @@ class Program:
         if key not in self._warned:
             self._warned.add(key)
             log.warning("%s", text)
+
+    def _passes(self, args: Sequence[Any]) -> bool:
+        with self._lock:
+            if self._check is None:
+                return True
+            try:
+                if self._check(args):
+                    self._check = None
+            except errors.Refusal as refusal:
+                self._refuse(refusal)
+                self._check = None
+            return self._check is None
+
+    def _refuse(self, refusal: errors.Refusal) -> None:
+        self.refusal, self._bound = refusal, None
+        log.warning("%s", refusal)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -118,8 +141,7 @@ class Program:
         try:
             return self._bind(self._rebuild(captured), weights)
         except errors.Refusal as refusal:
-            self.refusal = refusal
-            log.warning("%s", refusal)
+            self._refuse(refusal)
             return None
 
     def _bind(self, incremental: Incremental, weights: Weights) -> Bound:
