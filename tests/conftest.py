@@ -1,5 +1,11 @@
 """What every test needs: one thread, since the models are tiny and several test processes share the cores."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real models first: they take minutes, and the processes share out the small tests that are left."""
+    items.sort(key=lambda item: item.get_closest_marker("weights") is None)
