@@ -1,42 +1,75 @@
-"""What the incremental graph does to a slot's pool, in plain PyTorch.
+"""What the incremental graph calls, in plain PyTorch: the rows of a slot's pool, attention, and products.
 
-A pool is ``[pages, *before, page_size, *after]``. Row ``r`` of a sequence stands in page ``table[r // page_size]`` at
+A pool is ``[*before, pages, page_size, *after]``. Row ``r`` of a sequence stands in page ``table[r // page_size]`` at
 offset ``r % page_size``. Page 0 is scratch: rows that need not be kept are written there and never read.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvpass.kernels.reference import attention, visible
 
 
-def append(pool: Tensor, rows: Tensor, page: Tensor, offset: Tensor, before: int) -> Tensor:
+def append(pool: Tensor, rows: Tensor, place: Tensor, before: int) -> Tensor:
     """Write rows into a pool, in place, and return the pool.
 
     Args:
-        pool: ``[pages, *before, page_size, *after]``.
-        rows: ``[B * N, *before, *after]``, in the pool's dtype.
-        page, offset: ``[B * N]`` int64, where each row goes.
+        pool: ``[*before, pages, page_size, *after]``.
+        rows: ``[*before, B * N, *after]``, in the pool's dtype.
+        place: ``[B * N]`` int64, ``page * page_size + offset`` of each row.
         before: how many axes of a row stand before the row axis.
     """
-    pool.movedim(before + 1, 1)[page, offset] = rows
+    pool.flatten(before, before + 1).index_copy_(before, place, rows)
     return pool
 
 
-def read(pool: Tensor, table: Tensor, length: int, before: int) -> Tensor:
-    """All rows of a batch of sequences, dense: ``[B, *before, S, *after]``.
+def read(pool: Tensor, table: Tensor, run: int, length: int, before: int) -> Tensor:
+    """All rows of a batch of sequences: ``[B, *before, S, *after]``, a view of the pool where their memory allows it.
 
     Args:
         table: ``[B, ceil(S / page_size)]`` int32, the pages of each sequence in order.
+        run: the first page of a single sequence whose pages follow each other, or -1.
         length: ``S``.
     """
-    batch, pages = table.shape
-    picked = pool.index_select(0, table.reshape(-1))  # [B * pages, *before, page_size, *after]
-    picked = picked.reshape(batch, pages, *picked.shape[1:]).movedim(
-        1, before + 1
-    )  # [B, *before, pages, page_size, *after]
-    return picked.flatten(before + 1, before + 2).narrow(before + 1, 0, length)
+    if run >= 0:
+        flat = pool.flatten(before, before + 1)
+        return flat.narrow(before, run * pool.shape[before + 1], length).unsqueeze(0)
+    picked = pool.index_select(before, table.reshape(-1))  # [*before, B * pages, page_size, *after]
+    rows = picked.view(*pool.shape[:before], table.shape[0], -1, *pool.shape[before + 2 :])
+    return rows.narrow(before + 1, 0, length).movedim(before, 0)
 
 
-__all__ = ["append", "attention", "read", "visible"]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; one row is multiplied on all threads.
+
+    MKL streams the weight of a single row through one thread. As a batch of ``threads`` products, each with its share
+    of the output features, it is read at the speed of the machine.
+
+    Args:
+        x: ``[.., I]``. weight: ``[O, I]``. bias: ``[O]``.
+    """
+    threads = torch.get_num_threads()
+    out, width = weight.shape
+    if (
+        threads == 1
+        or x.numel() != width
+        or out % threads
+        or weight.numel() < _WORTH_SPLITTING
+        or weight.dtype is not torch.float32
+        or weight.device.type != "cpu"
+        or type(weight) not in (Tensor, torch.nn.Parameter)
+        or not weight.is_contiguous()
+    ):
+        return F.linear(x, weight, bias)
+    shares = torch.bmm(x.reshape(1, 1, width).expand(threads, 1, width), weight.view(threads, -1, width).mT)
+    y = shares.view(*x.shape[:-1], out)
+    return y if bias is None else y + bias
+
+
+_WORTH_SPLITTING = 1 << 16  # entries: below that a weight is in the cache of one core
+
+
+__all__ = ["append", "attention", "linear", "read", "visible"]

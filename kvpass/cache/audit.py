@@ -52,10 +52,10 @@ def _audit_bundle(bundle: Bundle, flights: list[Flight]) -> None:
     held = [node.page for node in living | dead] + owned
     space = bundle.space
     _check(len(set(held)) == len(held), "a page has two owners")
-    _check(len(set(space.free)) == len(space.free), "a page is free twice")
+    _check(space.free <= set(space.order), "a free page would never be handed out")
     _check(set(held).isdisjoint(space.free), "a page is free and held")
-    _check(set(held) | set(space.free) == set(range(1, space.fresh)), "a page is lost, or the scratch page is held")
-    _check(space.dirty <= set(space.free), "a page in use would lose its memory")
+    _check(set(held) | space.free == set(range(1, space.fresh)), "a page is lost, or the scratch page is held")
+    _check(space.dirty <= space.free, "a page in use would lose its memory")
     _check(all(pool.pages >= space.fresh for pool in bundle.pools.values()) or space.fresh == 1, "no memory for a page")
     _check(all(bundle.raws[key] is pool.raw for key, pool in bundle.pools.items() if pool.pages), "an old pool is used")
 

@@ -67,7 +67,7 @@ class Bundle:
             if new.extends and new.source is not None:
                 new.source.writer = flight
             else:
-                new.page = self.space.take()
+                new.page = self.space.take(plan.table[new.batch][new.index - 1].page if new.index else SCRATCH)
         if self.space.fresh > self.pages:
             self._grow()
         owned = [new.page for new in plan.fresh if not new.extends]
@@ -82,10 +82,9 @@ class Bundle:
             if new.held and not new.extends and new.source is not None:
                 copies.setdefault((new.source.page, new.held), []).append(new.page)
         for (source, held), pages in copies.items():
-            where: PageId | list[PageId] = pages if len(pages) > 1 else pages[0]
             for identity, pool in self.pools.items():
                 raw, rows = self.raws[identity], slice(0, held * pool.stride)
-                raw[where, :, rows] = raw[source, :, rows]
+                raw[:, pages, rows] = raw[:, source, None, rows]
 
     def _grow(self) -> None:
         first = self.pages == 0
@@ -101,7 +100,7 @@ class Bundle:
 
     def _poison(self, pages: list[PageId]) -> None:
         for identity, raw in self.raws.items():
-            raw[pages] = poison_byte(self.slots[identity].dtype)
+            raw[:, pages] = poison_byte(self.slots[identity].dtype)
 
     def publish(self, part: Part, residents: Residents) -> None:
         """Make the rows of a call visible; pages whose rows somebody else has stored meanwhile are given back."""
@@ -130,7 +129,7 @@ class Bundle:
             if raw is not written[identity]:
                 stride = self.pools[identity].stride
                 rows = slice(first * stride, new.filled * stride)
-                raw[new.page, :, rows] = written[identity][new.page, :, rows]
+                raw[:, new.page, rows] = written[identity][:, new.page, rows]
 
     def discard(self, part: Part) -> None:
         """Give back what a call took. Pages without an id were never taken."""

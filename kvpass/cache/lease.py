@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 
 from kvpass.cache.bundles import Bundle, Flight
-from kvpass.cache.plan import write_offsets
 from kvpass.cache.pools import Pool, SlotSpec
 
 if TYPE_CHECKING:
@@ -49,17 +48,17 @@ class SlotView(NamedTuple):
     """One slot in one call. All tensors are on the slot's device; slots of one bundle share the last three."""
 
     pool: torch.Tensor
-    """`[pages, *before, page_size, *after]`. Row `i` of batch row `b` is in page `block_table[b, i // page_size]`."""
+    """`[*before, pages, page_size, *after]`. Row `i` of batch row `b` is in page `block_table[b, i // page_size]`."""
     block_table: torch.Tensor
     """int32 `[B, ceil(S / page_size)]`."""
-    write_page: torch.Tensor
-    """int64 `[B * (S - start)]`, batch row by batch row: the page of each new row; 0, the scratch page, if it is not
-    to be stored."""
-    write_offset: torch.Tensor
-    """int64 `[B * (S - start)]`: the row within that page."""
+    run: int
+    """The first page, where there is one sequence and its pages follow each other: it is then one table. Else -1."""
+    write_row: torch.Tensor
+    """int64 `[B * (S - start)]`, batch row by batch row: `page * page_size + offset` of each new row; in page 0, the
+    scratch page, if it is not to be stored."""
 
 
-_Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Views = tuple[torch.Tensor, int, torch.Tensor]
 
 
 class Lease:
@@ -104,13 +103,9 @@ class Lease:
     def _make_views(self, group: int) -> _Views:
         bundle, device = self._groups[group]
         plan, size = self._plans[bundle], self._cache.page_size
-        arrays = (
-            plan.block_table(),
-            plan.write_pages(self.start, self.length, size),
-            write_offsets(self.batch, self.start, self.length, size),
-        )
-        block_table, page, offset = (torch.from_numpy(array).to(device) for array in arrays)
-        self._views[group] = views = (block_table, page, offset)
+        block_table = torch.from_numpy(plan.block_table()).to(device)
+        rows = torch.from_numpy(plan.write_rows(self.start, self.length, size)).to(device)
+        self._views[group] = views = (block_table, plan.run(), rows)
         return views
 
     def commit(self) -> None:

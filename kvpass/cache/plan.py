@@ -56,18 +56,24 @@ class Plan:
         """Page ids, int32 `[B, ceil(S / page_size)]`."""
         return numpy.array([[entry.page for entry in row] for row in self.table], dtype=numpy.int32)
 
-    def write_pages(self, start: int, length: int, page_size: int) -> NDArray[numpy.int64]:
-        """The page to which each row from `start` on goes, int64 `[B * (length - start)]`; 0 if it is not stored."""
-        pages = numpy.zeros((len(self.table), length - start), dtype=numpy.int64)
+    def run(self) -> int:
+        """The first page of a single sequence whose pages follow each other in memory, or -1."""
+        if len(self.table) != 1:
+            return -1
+        first = self.table[0][0].page
+        together = all(entry.page == page for page, entry in enumerate(self.table[0], first))
+        return first if together else -1
+
+    def write_rows(self, start: int, length: int, page_size: int) -> NDArray[numpy.int64]:
+        """Where each row from `start` on goes, counted in rows of the pool: int64 `[B * (length - start)]`.
+
+        A row that is not stored goes to the scratch page.
+        """
+        rows = numpy.tile(numpy.arange(start, length, dtype=numpy.int64) % page_size, (len(self.table), 1))
         for new in self.fresh:
             first = new.index * page_size - start
-            pages[new.batch, first + new.held : first + new.filled] = new.page
-        return pages.reshape(-1)
-
-
-def write_offsets(batch: int, start: int, length: int, page_size: int) -> NDArray[numpy.int64]:
-    """The row within its page of each row from `start` on, int64 `[B * (length - start)]`."""
-    return numpy.tile(numpy.arange(start, length, dtype=numpy.int64) % page_size, batch)
+            rows[new.batch, first + new.held : first + new.filled] += new.page * page_size
+        return rows.reshape(-1)
 
 
 def plan_pages(chains: Sequence[Chain], matches: Sequence[Match], page_size: int, *, copy: bool) -> Plan:

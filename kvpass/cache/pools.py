@@ -21,8 +21,8 @@ _LINUX_NORESERVE = 0x4000  # mmap.MAP_NORESERVE, which Python knows from 3.13 on
 class SlotSpec:
     """One value that is stored per row.
 
-    A row has shape `before + after`; the pool of the slot has shape `[pages, *before, page_size, *after]`. For the keys
-    of an attention `before` is `(K,)` and `after` is `(D,)`. Slots with the same `identity` (32 bytes) hold the same
+    A row has shape `before + after`; the pool of the slot has shape `[*before, pages, page_size, *after]`. For the keys
+    of an attention `before` is `(K,)` and `after` is `(D,)`: pages that follow each other are one table per head. Slots with the same `identity` (32 bytes) hold the same
     rows, whichever program computed them. `name` is for people.
 
     Raises:
@@ -54,9 +54,9 @@ class SlotSpec:
 
 
 class Pool:
-    """The rows of one slot, `tensor` of shape `[pages, *before, page_size, *after]`.
+    """The rows of one slot, `tensor` of shape `[*before, pages, page_size, *after]`.
 
-    `raw` is the same memory as bytes, `[pages, prod(before), page_size * bytes of after]`: a numpy array on the CPU,
+    `raw` is the same memory as bytes, `[prod(before), pages, page_size * bytes of after]`: a numpy array on the CPU,
     where it is several times faster than torch for small copies, and a tensor elsewhere. On the CPU the pool is
     reserved at its full size at once, and the operating system provides memory when a page is first touched. Elsewhere
     it grows, so `tensor` and `raw` may be replaced.
@@ -68,6 +68,8 @@ class Pool:
         self.reserve = spec.device.type == "cpu" if reserve is None else reserve
         self.stride = math.prod(spec.after) * spec.dtype.itemsize
         """Bytes from row to row on the last axis of `raw`."""
+        self.parts = math.prod(spec.before)
+        """How many places of the memory a page is spread over."""
         self.pages = 0
         self.tensor: torch.Tensor = torch.empty(0)
         self.raw: Any = None
@@ -91,12 +93,12 @@ class Pool:
             # The pool outlives this call, and a tensor made in inference mode could not be written to outside it.
             with torch.inference_mode(False), torch.no_grad():
                 flat, memory = self._allocate(pages * self.page_bytes)
-                shape = (pages, *self.spec.before, self.page_size, *self.spec.after)
+                shape = (*self.spec.before, pages, self.page_size, *self.spec.after)
                 tensor = flat.view(self.spec.dtype).view(shape)
-                raw: Any = flat.view(pages, math.prod(self.spec.before), -1)
+                raw: Any = flat.view(self.parts, pages, -1)
                 raw = raw.numpy() if self.spec.device.type == "cpu" else raw
                 if self.pages:
-                    raw[: self.pages] = self.raw
+                    raw[:, : self.pages] = self.raw
         except (RuntimeError, OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"no memory for {pages} pages of slot {self.spec.name!r}: {error}") from error
         self.pages, self.tensor, self.raw, self._map = pages, tensor, raw, memory
@@ -119,11 +121,13 @@ class Pool:
         if self._map is None or not pages or not hasattr(mmap, "MADV_DONTNEED"):
             return
         breaks = [i for i, (left, right) in enumerate(pairwise(pages), 1) if right != left + 1]
+        size = self.stride * self.page_size
         for first, last in zip([0, *breaks], [*breaks, len(pages)], strict=True):
-            start = -(-pages[first] * self.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            stop = (pages[last - 1] + 1) * self.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if start < stop:
-                self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            for part in range(0, self.parts * self.pages, self.pages):
+                start = -(-(part + pages[first]) * size // mmap.PAGESIZE) * mmap.PAGESIZE
+                stop = (part + pages[last - 1] + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+                if start < stop:
+                    self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def poison_byte(dtype: torch.dtype) -> int:

@@ -135,10 +135,10 @@ def _one_line_per_slot(rows: Iterable[Row], slots: Sequence[str]) -> Iterator[Ro
     """The four arguments that a slot has, in one line that names it."""
     for row in rows:
         kind, _, k = row.after.name.rpartition("_") if row.after and row.before is None else ("", "", "")
-        if row.after is None or row.after.op != "input" or kind not in ("pool", "table", "page", "offset"):
+        if row.after is None or row.after.op != "input" or kind not in ("pool", "table", "run", "place"):
             yield row
         elif kind == "pool":
-            text = f"pool_{k}, table_{k}, page_{k}, offset_{k}: the rows of {slots[int(k)]}"
+            text = f"pool_{k}, table_{k}, run_{k}, place_{k}: the rows of {slots[int(k)]}"
             yield replace(row, after=replace(row.after, name=text))
 
 

@@ -181,4 +181,12 @@ def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
         extra.extend(lease.slot(k))
     with torch.no_grad():
         outputs: Outputs = incremental.module.forward(*args, *extra)
-    return outputs
+    pools = {pool.untyped_storage().data_ptr() for pool in lease.pools}
+    return tuple(_own(value, pools) for value in outputs)
+
+
+def _own(value: Any, pools: set[int]) -> Any:
+    """An output that the caller may write into: rows that were read in place are copied."""
+    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in pools:
+        return value.clone()
+    return value

@@ -175,6 +175,11 @@ def _repeat(c: Context) -> fx.Node:
     return plain(c)
 
 
+def _linear(c: Context) -> fx.Node:
+    args = c.args()
+    return c.builder.call(c.builder.kernels.linear, *args, **c.kwargs())
+
+
 def _sdpa(c: Context) -> fx.Node:
     """``is_causal`` counts indices from the upper left: spell it as a mask over rows."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -209,6 +214,7 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.tril.default: _triangle,
     aten.triu.default: _triangle,
     aten.repeat.default: _repeat,
+    aten.linear.default: _linear,
     aten.scaled_dot_product_attention.default: _sdpa,
     **dict.fromkeys(
         (

@@ -34,7 +34,7 @@ class Incremental:
     """The rewritten graph.
 
     Its arguments are those of the captured graph, then ``rows`` (S) and ``start`` (P), then for each slot in order its
-    pool, block table, write pages and write offsets.
+    pool, block table, run and write rows (`kvpass.cache.SlotView`).
 
     Attributes:
         origin: by node name, the captured node it came from.
@@ -105,7 +105,7 @@ class Builder:
         self.p = sympy.Symbol("start", integer=True, nonnegative=True)
         self.numbers[self.p] = self.start
         self.slot_inputs = {
-            slot.name: tuple(self.graph.placeholder(f"{kind}_{k}") for kind in ("pool", "table", "page", "offset"))
+            slot.name: tuple(self.graph.placeholder(f"{kind}_{k}") for kind in ("pool", "table", "run", "place"))
             for k, slot in enumerate(self.plan.slots)
         }
 
@@ -259,25 +259,27 @@ class Builder:
             rows = self.build(slot.node, NEW)
             outer, self.current = self.current, slot.node
             flat = self._to_rows(slot, rows)
-            pool, _, page, offset = self.slot_inputs[slot.name]
-            self.written[slot.name] = self.call(self.kernels.append, pool, flat, page, offset, len(slot.before))
+            pool, _, _, place = self.slot_inputs[slot.name]
+            self.written[slot.name] = self.call(self.kernels.append, pool, flat, place, len(slot.before))
             self.current = outer
         return self.written[slot.name]
 
     def _to_rows(self, slot: Slot, value: fx.Node) -> fx.Node:
-        """``[.., S, ..]`` in the captured axes to ``[B * N, *before, *after]``."""
+        """``[.., S, ..]`` in the captured axes to ``[*before, B * N, *after]``."""
         fact = self.analyzed.fact(slot.node)
-        rest = [d for d in range(len(fact.dims)) if d not in (slot.batch, slot.row)]
-        order = [*([] if slot.batch is None else [slot.batch]), slot.row, *rest]
+        batch = [] if slot.batch is None else [slot.batch]
+        before = [d for d in range(slot.row) if d not in batch]
+        after = [d for d in range(slot.row + 1, len(fact.dims)) if d not in batch]
+        order = [*before, *batch, slot.row, *after]
         if order != list(range(len(order))):
             value = self.call(aten.permute.default, value, order)
-        return self.call(aten.reshape.default, value, [-1, *slot.before, *slot.after])
+        return self.call(aten.reshape.default, value, [*slot.before, -1, *slot.after])
 
     def read(self, slot: Slot) -> fx.Node:
         """All rows of a slot, in the captured axes."""
         pool = self.pool(slot)
-        table = self.slot_inputs[slot.name][1]
-        dense = self.call(self.kernels.read, pool, table, self.rows, len(slot.before))  # [B, *before, S, *after]
+        _, table, run, _ = self.slot_inputs[slot.name]
+        dense = self.call(self.kernels.read, pool, table, run, self.rows, len(slot.before))  # [B, *before, S, *after]
         fact = self.analyzed.fact(slot.node)
         if slot.batch in (None, 0):
             return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(fact.wide)))

@@ -71,18 +71,20 @@ def compute(
     for index, slot in enumerate(table.slots):
         view = lease.slot(index)
         new = torch.cat([expected(slot, tokens, context, lease.start, width) for tokens in batch])
-        where = (view.write_page, *[slice(None)] * len(slot.before), view.write_offset)
-        # Advanced indices apart from each other: their common axis comes first, as in `new`.
-        view.pool[where] = new
+        before = len(slot.before)
+        view.pool.flatten(before, before + 1).movedim(before, 0)[view.write_row] = new
 
 
 def read(lease: Lease, index: int, slot: SlotSpec) -> torch.Tensor:
     """All rows of a slot, `[B, S, *before, *after]`, read through the block table."""
     view = lease.slot(index)
-    size = view.pool.shape[1 + len(slot.before)]
-    pages = view.pool[view.block_table.long()]  # [B, pages, *before, page_size, *after]
-    pages = pages.movedim(2 + len(slot.before), 2)  # [B, pages, page_size, *before, *after]
-    return pages.reshape(lease.batch, pages.shape[1] * size, *slot.before, *slot.after)[:, : lease.length]
+    before = len(slot.before)
+    by_page = view.pool.movedim((before, before + 1), (0, 1))  # [pages, page_size, *before, *after]
+    rows = by_page[view.block_table.long()].flatten(1, 2)[:, : lease.length]
+    if view.run >= 0:
+        in_place = by_page[view.run :].flatten(0, 1)[: lease.length]
+        torch.testing.assert_close(in_place, rows[0], rtol=0, atol=0, equal_nan=True)
+    return rows
 
 
 def verify(

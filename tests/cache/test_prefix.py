@@ -117,6 +117,18 @@ def test_pages_come_back_and_the_scratch_page_is_never_handed_out() -> None:
     assert (space.take(), space.used, space.budget.used) == (pages[1], 3, 30)
 
 
+def test_the_page_that_follows_is_handed_out_if_it_is_free() -> None:
+    space = PageSpace(Budget(100), 10)
+    pages = [space.take() for _ in range(5)]
+    for page in (4, 2, 3):
+        space.give(pages[page - 1])
+    assert [space.take(pages[0]), space.take(pages[0]), space.take(pages[3]), space.take(pages[4])] == [2, 3, 4, 6]
+    for _ in range(100):  # what is given back and taken by wish leaves nothing behind
+        space.give(pages[1])
+        assert space.take(pages[0]) == 2
+    assert len(space.order) < 20
+
+
 def test_bookkeeping_imports_no_torch() -> None:
     code = "import sys, kvpass.cache.blocks, kvpass.cache.prefix, kvpass.cache.eviction; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -72,8 +72,8 @@ def test_limit_and_the_rows_beyond_it() -> None:
     run(cache, table, [list(range(10))])
     lease = begin(cache, table, [list(range(11))], limit=5)
     assert lease.start == 5
-    assert lease.slot(0).write_page.tolist() == [0] * 5 + [3]  # rows 5 .. 9 are held: only row 10 is stored
-    assert lease.slot(0).write_offset.tolist() == [1, 2, 3, 0, 1, 2]
+    offsets = [1, 2, 3, 0, 1, 2]  # rows 5 .. 9 are held: only row 10 is stored
+    assert lease.slot(0).write_row.tolist() == [*offsets[:-1], 3 * PAGE + offsets[-1]]
     compute(lease, table, [list(range(11))])
     verify(lease, table, [list(range(11))])
     lease.commit()
@@ -129,9 +129,9 @@ def test_tables_are_shared_and_typed() -> None:
     lease = begin(cache, table, [[1, 2, 3, 4, 5, 6]] * 2)
     k, v = lease.slot(0), lease.slot(1)
     assert k.block_table is v.block_table
-    assert (k.block_table.dtype, k.write_page.dtype, k.write_offset.dtype) == (torch.int32, torch.int64, torch.int64)
-    assert (k.block_table.shape, k.write_page.shape, k.write_offset.shape) == ((2, 2), (12,), (12,))
-    assert (k.pool.shape[1:], v.pool.shape[1:]) == ((2, PAGE, 3), (PAGE, 4))
+    assert (k.block_table.dtype, k.write_row.dtype) == (torch.int32, torch.int64)
+    assert (k.block_table.shape, k.run, k.write_row.shape) == ((2, 2), -1, (12,))
+    assert (k.pool.shape[:1], k.pool.shape[2:], v.pool.shape[1:]) == ((2,), (PAGE, 3), (PAGE, 4))
     assert lease.pools[0] is k.pool
     lease.abort()
 

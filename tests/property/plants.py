@@ -53,8 +53,8 @@ def wrong_page(patch: pytest.MonkeyPatch) -> None:
     """The block table of a text of several pages is read from the second page on."""
     right = ops.read
 
-    def read(pool: Tensor, table: Tensor, *rest: Any) -> Tensor:
-        return right(pool, table.roll(1, dims=1), *rest)
+    def read(pool: Tensor, table: Tensor, run: int, *rest: Any) -> Tensor:
+        return right(pool, table.roll(1, dims=1), -1, *rest)
 
     patch.setattr(ops, "read", read)
 
@@ -63,8 +63,9 @@ def wrong_row_in_page(patch: pytest.MonkeyPatch) -> None:
     """New rows are written one row too late in their page."""
     right = ops.append
 
-    def append(pool: Tensor, rows: Tensor, page: Tensor, offset: Tensor, before: int) -> Tensor:
-        return right(pool, rows, page, (offset + 1) % pool.shape[before + 1], before)
+    def append(pool: Tensor, rows: Tensor, place: Tensor, before: int) -> Tensor:
+        size = pool.shape[before + 1]
+        return right(pool, rows, place // size * size + (place + 1) % size, before)
 
     patch.setattr(ops, "append", append)
 
