@@ -22,8 +22,8 @@ class SlotSpec:
     """One value that is stored per row.
 
     A row has shape `before + after`; the pool of the slot has shape `[*before, pages, page_size, *after]`. For the keys
-    of an attention `before` is `(K,)` and `after` is `(D,)`: pages that follow each other are one table per head. Slots with the same `identity` (32 bytes) hold the same
-    rows, whichever program computed them. `name` is for people.
+    of an attention `before` is `(K,)` and `after` is `(D,)`: pages that follow each other are one table per head.
+    Slots with the same `identity` (32 bytes) hold the same rows, whichever program computed them. `name` is for people.
 
     Raises:
         ValueError: an identity that is not 32 bytes, or a dimension below one.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.facts import index
@@ -21,7 +22,9 @@ from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
+from kvpass.runtime.lent import Lender
 from kvpass.runtime.weights import Weights
+from kvpass.transforms.plan import Plan
 from kvpass.transforms.rewrite import Incremental
 
 log = logging.getLogger("kvpass")
@@ -35,6 +38,27 @@ class Bound:
     incremental: Incremental
     weights: Weights
     table: SlotTable
+    lenders: Mapping[int, Lender]
+
+    def hand_over(self, outputs: Outputs, lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
+        """The outputs as tensors of the caller's: rows that were read in place are lent or copied."""
+        pools = {pool.untyped_storage().data_ptr() for pool in lease.pools}
+        owned = list(outputs)
+        for k, value in enumerate(outputs):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in pools:
+                lender = self.lenders.get(k)
+                owned[k] = value.clone() if lender is None else lender.lend(value, context, rows[0])
+        return tuple(owned)
+
+
+def _lenders(plan: Plan) -> dict[int, Lender]:
+    """One for each output that grows at its end. (Pages of one sequence only are read in place.)"""
+    slots = [plan.slot_of(n) if isinstance(n, fx.Node) else None for n in plan.analyzed.outputs]
+    return {
+        k: Lender(slot.row)
+        for k, slot in enumerate(slots)
+        if slot is not None and not slot.before and slot.node.meta["val"].device.type == "cpu"
+    }
 
 
 class Program:
@@ -84,12 +108,15 @@ class Program:
         limit = length - bound.incremental.plan.tail
         if limit < 0:
             return self._plainly(args)
-        lease = self.cache.begin(bound.table, rows, width, self.keys.context(args), limit=limit)
+        context = self.keys.context(args)
+        lease = self.cache.begin(bound.table, rows, width, context, limit=limit)
         if not lease.stored:
             self._warn("capacity", str(errors.CapacityTooSmall(detail=lease.reason)))
             return self._plainly(args)
         with lease:
-            return run(bound.incremental, args, lease)
+            outputs = run(bound.incremental, args, lease)
+            # Still pinned: what was read in place must leave the pools before somebody else may have the pages.
+            return bound.hand_over(outputs, lease, context, rows)
 
     def _plainly(self, args: Sequence[Any]) -> Outputs:
         return tuple(self.plain(*args))
@@ -150,7 +177,7 @@ class Program:
         slots = [
             SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots
         ]
-        return Bound(incremental, weights, self.cache.register(slots))
+        return Bound(incremental, weights, self.cache.register(slots), _lenders(plan))
 
     def _forms_hold(self, args: Sequence[Any]) -> bool:
         """Masks that the caller passes must still be what was proved of them."""
@@ -181,12 +208,4 @@ def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
         extra.extend(lease.slot(k))
     with torch.no_grad():
         outputs: Outputs = incremental.module.forward(*args, *extra)
-    pools = {pool.untyped_storage().data_ptr() for pool in lease.pools}
-    return tuple(_own(value, pools) for value in outputs)
-
-
-def _own(value: Any, pools: set[int]) -> Any:
-    """An output that the caller may write into: rows that were read in place are copied."""
-    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in pools:
-        return value.clone()
-    return value
+    return outputs

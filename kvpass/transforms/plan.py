@@ -41,6 +41,9 @@ HEAVY = (
 )
 
 
+UNITS = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One stored value.
@@ -123,8 +126,8 @@ def plan(analyzed: Analyzed) -> Plan:
     for node in _output_nodes(analyzed):
         sweep.ask(node, frozenset(analyzed.fact(node).wide))
     sweep.run()
-    stored = _cut(analyzed, free, sweep.sinks)
     outputs = set(_output_nodes(analyzed))
+    stored = {_unpadded(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks)}
     order = [n for n in analyzed.steps if n in stored]
     slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
     return Plan(analyzed, slots, free, max(1, sweep.tail))
@@ -210,6 +213,16 @@ def _cut(analyzed: Analyzed, free: frozenset[fx.Node], sinks: dict[fx.Node, None
         return set()
     _, (far, near) = nx.minimum_cut(graph, "work", "demand")  # of several minimum cuts the one nearest to the demand
     return {place[0] for place in near if place != "demand" and place[1] == "out" and (place[0], "in") in far}
+
+
+def _unpadded(analyzed: Analyzed, node: fx.Node, outputs: set[fx.Node]) -> fx.Node:
+    """The same rows before axes of size one were added or taken away."""
+    while node.target in UNITS and node not in outputs:
+        (operand,) = analyzed.steps[node].operands
+        if _cost(analyzed, operand) != _cost(analyzed, node):
+            break
+        node = operand
+    return node
 
 
 def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink: fx.Node) -> None:

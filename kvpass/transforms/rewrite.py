@@ -71,6 +71,7 @@ class Builder:
         self.written: dict[str, fx.Node] = {}
         self.origin: dict[str, str] = {}
         self.masks: dict[Any, fx.Node] = {}
+        self.called: dict[Any, fx.Node] = {}
         self.current: fx.Node | None = None
 
     def run(self) -> Incremental:
@@ -158,7 +159,14 @@ class Builder:
     # -- values --------------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call in the new graph; an ATen op that has been called with the same arguments is that call."""
+        pure = isinstance(target, torch._ops.OpOverload)
+        key = (target, _hashable(args), _hashable(tuple(kwargs.items()))) if pure else None
+        if key in self.called:
+            return self.called[key]
         node = self.graph.call_function(target, args, kwargs)
+        if key is not None:
+            self.called[key] = node
         if self.current is not None:
             self.origin[node.name] = self.current.name
             node.meta["stack_trace"] = self.current.meta.get("stack_trace")
@@ -287,6 +295,12 @@ class Builder:
         batch = slot.batch or 0
         lead = [sizes[batch], *sizes[:batch], *sizes[batch + 1 :]]
         return self.call(aten.movedim.int, self.call(aten.reshape.default, dense, lead), 0, batch)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    return (type(value), value)  # 1, 1.0 and True are three arguments
 
 
 _FUNCTIONS: dict[Any, Any] = {

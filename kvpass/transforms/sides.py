@@ -16,6 +16,7 @@ from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
 from kvpass.ir import Attention, B, H, I, J
+from kvpass.transforms.plan import UNITS
 
 aten = torch.ops.aten
 
@@ -135,7 +136,8 @@ def unrepeated(analyzed: Analyzed, side: Side) -> Side:
         return side
     node, place = side.node, {k: k for k in range(len(fact.atoms)) if k not in repeated and fact.atoms[k].size != 1}
     found = False
-    while node.target in LAYOUT and not found:  # to the nearest one: what is stored is no nearer to the inputs
+    # To the nearest one, but for axes of size one: what is stored is no nearer to the inputs.
+    while node.target in LAYOUT and (not found or node.target in UNITS):
         step = analyzed.steps[node]
         source = step.operands[0]
         back = {link: a for a, link in enumerate(step.links[0]) if link is not None}

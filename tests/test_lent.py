@@ -1,0 +1,79 @@
+"""Outputs that the caller gets in full: no copy of old rows, and nobody sees what another one writes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvpass
+from kvpass.runtime.lent import Lender
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).unsqueeze(1)
+        return self.out(nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)).squeeze(1)
+
+
+def test_every_result_is_the_callers_own() -> None:
+    torch.manual_seed(0)
+    model = Model().eval()
+    fast = kvpass.compile(model, cache=kvpass.Cache(capacity="8MiB", page_size=4))
+    ids = torch.randint(0, 16, (1, 40))
+    with torch.no_grad():
+        results = []
+        for length in (5, 6, 6, 9, 17, 12, 40, 7):
+            result = fast(ids[:, :length].contiguous())
+            want = model(ids[:, :length])
+            torch.testing.assert_close(result, want)
+            assert result.is_contiguous()
+            assert result.stride() == want.stride()
+            results.append((result, want))
+        for result, _ in results[::2]:
+            result.fill_(77.0)
+        for result, want in results[1::2]:
+            torch.testing.assert_close(result, want)
+        torch.testing.assert_close(fast(ids), model(ids))
+        other = ids.clone()
+        other[0, 3] = (other[0, 3] + 1) % 16
+        torch.testing.assert_close(fast(other), model(other))
+        torch.testing.assert_close(fast(ids), model(ids))
+
+
+def test_rows_that_the_lender_has_are_not_copied_again() -> None:
+    lender = Lender(axis=1)
+    rows = torch.randn(1, 100, 3)
+    text = bytes(range(100))
+    first = lender.lend(rows[:, :60], b"", text[:60])
+    second = lender.lend(rows, b"", text)
+    assert torch._C._is_cow_tensor(first)
+    assert torch._C._is_cow_tensor(second)
+    spoilt = rows.clone()
+    spoilt[:, :60] = 0.0  # rows that the lender has are not read again
+    assert torch.equal(lender.lend(spoilt, b"", text), rows)
+    assert torch.equal(lender.lend(rows[:, :10], b"", text[:10]), rows[:, :10])
+    first.zero_()
+    assert torch.equal(second, rows)
+    assert torch.equal(lender.lend(rows, b"", text), rows)
+
+
+@pytest.mark.parametrize(("name", "text"), [(b"other", bytes(8)), (b"", bytes([0, 0, 0, 9, 0, 0, 0, 0]))])
+def test_another_text_or_context_is_copied_anew(name: bytes, text: bytes) -> None:
+    lender = Lender(axis=1)
+    old = lender.lend(torch.zeros(1, 8, 2), b"", bytes(8))
+    assert torch.equal(lender.lend(torch.ones(1, 8, 2), name, text), torch.ones(1, 8, 2))
+    assert torch.equal(old, torch.zeros(1, 8, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_dtypes_and_inference_mode(dtype: torch.dtype) -> None:
+    lender = Lender(axis=0)
+    rows = (torch.rand(9, 2, 3) > 0.5).to(dtype)
+    with torch.inference_mode():
+        result = lender.lend(rows[:4], b"", bytes(4))
+        assert torch.equal(result, rows[:4])
+        result.zero_()
+    assert torch.equal(lender.lend(rows, b"", bytes(9)), rows)
