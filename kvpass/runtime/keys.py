@@ -61,6 +61,15 @@ class Keys:
             )
         return digest.digest()
 
+    def hoisting(self, args: Sequence[Any]) -> bytes:
+        """Digest of all that a hoisted value can depend on, each sequence's own context included."""
+        digest = hashlib.sha256(self.context(args))
+        digest.update(self.batch(args).to_bytes(8, "big"))
+        for given in self.contexts:
+            if given.batch_axis is not None:
+                digest.update(tensor_bytes(args[given.index]))
+        return digest.digest()
+
 
 def _free_numbers(captured: Captured) -> list[int]:
     """Symbolic numbers that the caller passes and that a value may depend on.

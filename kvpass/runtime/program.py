@@ -23,7 +23,9 @@ from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
+from kvpass.runtime.remembered import Remembered, storage_of
 from kvpass.runtime.weights import Weights
+from kvpass.transforms.hoist import Hoisted, hoist
 from kvpass.transforms.plan import Plan
 from kvpass.transforms.rewrite import Incremental
 
@@ -39,13 +41,22 @@ class Bound:
     weights: Weights
     table: SlotTable
     lenders: Mapping[int, Lender]
+    hoisted: Hoisted | None
+    remembered: Remembered
 
-    def hand_over(self, outputs: Outputs, lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
-        """The outputs as tensors of the caller's: rows that were read in place are lent or copied."""
-        pools = {pool.untyped_storage().data_ptr() for pool in lease.pools}
+    def run(self, args: Sequence[Any], lease: Lease, keys: Keys, context: bytes, rows: Sequence[bytes]) -> Outputs:
+        """One call; the outputs are the caller's."""
+        ahead: Outputs = ()
+        if self.hoisted is None:
+            module = self.incremental.module
+        else:
+            module, part = self.hoisted.step, self.hoisted.context
+            ahead = self.remembered.get(keys.hoisting(args), lambda: _without_gradients(part, args), args)
+        outputs = _without_gradients(module, [*args, *_cache_arguments(self.incremental, lease), *ahead])
+        kept = {storage_of(value) for value in (*lease.pools, *ahead) if isinstance(value, torch.Tensor)}
         owned = list(outputs)
         for k, value in enumerate(outputs):
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in pools:
+            if isinstance(value, torch.Tensor) and storage_of(value) in kept:  # read in place
                 lender = self.lenders.get(k)
                 owned[k] = value.clone() if lender is None else lender.lend(value, context, rows[0])
         return tuple(owned)
@@ -114,9 +125,7 @@ class Program:
             self._warn("capacity", str(errors.CapacityTooSmall(detail=lease.reason)))
             return self._plainly(args)
         with lease:
-            outputs = run(bound.incremental, args, lease)
-            # Still pinned: what was read in place must leave the pools before somebody else may have the pages.
-            return bound.hand_over(outputs, lease, context, rows)
+            return bound.run(args, lease, self.keys, context, rows)
 
     def _plainly(self, args: Sequence[Any]) -> Outputs:
         return tuple(self.plain(*args))
@@ -177,7 +186,9 @@ class Program:
         slots = [
             SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots
         ]
-        return Bound(incremental, weights, self.cache.register(slots), _lenders(plan))
+        # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
+        remembered = Remembered(self.cache.stats().bytes_capacity // 10)
+        return Bound(incremental, weights, self.cache.register(slots), _lenders(plan), hoist(incremental), remembered)
 
     def _forms_hold(self, args: Sequence[Any]) -> bool:
         """Masks that the caller passes must still be what was proved of them."""
@@ -202,10 +213,18 @@ def form_holds(mask: torch.Tensor, form: Any) -> bool:
 
 
 def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
-    """One call of the incremental graph on the pages of a lease."""
+    """One call of the whole incremental graph on the pages of a lease; outputs may be views of its pools."""
+    return _without_gradients(incremental.module, [*args, *_cache_arguments(incremental, lease)])
+
+
+def _cache_arguments(incremental: Incremental, lease: Lease) -> list[Any]:
     extra: list[Any] = [lease.length, lease.start]
     for k in range(len(incremental.plan.slots)):
         extra.extend(lease.slot(k))
+    return extra
+
+
+def _without_gradients(module: fx.GraphModule, args: Sequence[Any]) -> Outputs:
     with torch.no_grad():
-        outputs: Outputs = incremental.module.forward(*args, *extra)
+        outputs: Outputs = module.forward(*args)
     return outputs

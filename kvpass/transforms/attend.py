@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from kvpass.analysis.facts import Fact
+from kvpass.analysis.facts import Fact, Kind
 from kvpass.ir import H
 from kvpass.transforms.plan import NEW, Demand, canonical
 from kvpass.transforms.sides import Load, Recognised, Side
@@ -28,7 +28,10 @@ def emit_attention(b: Builder, match: Recognised) -> fx.Node:
     mask = _visible(b, match)
     inside = [load for load in match.loads if load.axes]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
-    made = b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, b.start, names, loads)
+    # Queries of the context have no first new row, and depend on nothing that grows.
+    rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]
+    start = b.start if any(atom.kind is Kind.SEQ for atom in rows) else 0
+    made = b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
     return _restored(b, match.result, made)
 
 

@@ -175,6 +175,14 @@ class Parts:
     value: Side
     result: Side
 
+    def _all_rows(self, fact: Fact, side: Side) -> bool:
+        rows = [fact.atoms[k] for k in side.row]
+        return (
+            len(rows) == 1
+            and rows[0].kind is Kind.SEQ
+            and (rows[0].start, rows[0].size) == (0, self.analyzed.captured.seq)
+        )
+
     def finish(
         self,
         scale: float,
@@ -193,6 +201,8 @@ class Parts:
         dtypes = {q.dtype, k.dtype, v.dtype}
         if len(dtypes) != 1 and softmax_dtype is None:
             raise NotRecognised("operands of several dtypes")
+        if support != sympy.true and not (self._all_rows(q, self.query) and self._all_rows(k, self.key)):
+            raise NotRecognised("a mask over something else than all rows of the sequence")  # it speaks of rows
         spec = Attention(
             heads=heads,
             kv_heads=kv_heads,

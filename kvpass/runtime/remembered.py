@@ -1,0 +1,53 @@
+"""Hoisted values of the latest contexts."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Values = tuple[Any, ...]
+
+
+class Remembered:
+    """Values by the contents of the context that they were computed from; the least recently used go first.
+
+    Args:
+        capacity: bytes. Values that are larger are computed in every call.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._held: OrderedDict[bytes, Values] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: bytes, compute: Callable[[], Values], lent: Sequence[Any]) -> Values:
+        """The values of a context. One that is a view of an argument (``lent``) is copied: the caller may change it."""
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None:
+                self._held.move_to_end(name)
+                return held
+        theirs = {storage_of(value) for value in lent if isinstance(value, Tensor)}
+        values = tuple(v.clone() if isinstance(v, Tensor) and storage_of(v) in theirs else v for v in compute())
+        size = _bytes(values)
+        with self._lock:
+            if size <= self.capacity and name not in self._held:
+                self._held[name] = values
+                self.used += size
+                while self.used > self.capacity:
+                    self.used -= _bytes(self._held.popitem(last=False)[1])
+        return values
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Where a tensor's memory begins: two tensors that share it have the same."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(values: Values) -> int:
+    return sum(value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor))
