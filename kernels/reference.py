@@ -15,6 +15,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from torch import Tensor
 
 from kvpass.ir import SCORE, Attention, B, H, I, J
@@ -133,8 +134,22 @@ def evaluate(expr: Any, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str,
         return leaf[tuple(_index(evaluate(a, symbols, leaves)) for a in expr.args)]
     if isinstance(expr, sympy.Piecewise):
         return _piecewise(expr, symbols, leaves)
+    if isinstance(expr, (sympy.floor, Relational)) and any(not n.is_Integer for n in expr.atoms(sympy.Rational)):
+        return _whole_numbers(expr, symbols, leaves)
     args = [evaluate(arg, symbols, leaves) for arg in expr.args]
     return _TABLE[expr.func](*args)
+
+
+def _whole_numbers(expr: Any, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str, Any]) -> Any:
+    """``floor(x / 49)`` and ``x / 49 < y`` without fractions: in floating point 49 * (1 / 49) is less than one."""
+    fraction = expr.args[0] if isinstance(expr, sympy.floor) else expr.lhs - expr.rhs
+    above, below = sympy.together(fraction).as_numer_denom()
+    if not below.is_Integer:
+        raise NotImplementedError(f"{expr} divides by something else than a number")
+    number = evaluate(above, symbols, leaves)
+    if isinstance(expr, sympy.floor):
+        return number // int(below)
+    return _TABLE[expr.func](number, 0)
 
 
 def _index(value: Any) -> Any:

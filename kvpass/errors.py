@@ -180,6 +180,12 @@ class CapacityTooSmall(Refusal):
     hint = "give kvpass.Cache a larger capacity, or send shorter sequences"
 
 
+class NumberChanged(Refusal):
+    code = "KV303"
+    template = "{detail}"
+    hint = "a number that changes from call to call belongs in a tensor; dynamic=None lets Dynamo guard a fixed one"
+
+
 class OptionError(KvpassError, ValueError):
     """An option of the backend that does not exist or has a malformed value."""
 
@@ -213,4 +219,5 @@ REFUSALS: tuple[type[Refusal], ...] = (
     NotIncremental,
     VerifyMismatch,
     CapacityTooSmall,
+    NumberChanged,
 )

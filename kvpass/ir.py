@@ -51,6 +51,7 @@ class Captured:
         inputs: one entry per placeholder, in order.
         seq: symbol of the sequence's length. ``batch``: size of the batch, a symbol or a number.
         constants: by placeholder name, the real tensors whose identity the graph may rely on.
+        scalars: by placeholder index, the Python numbers that Dynamo passes as 0-d tensors, as the graph has them.
     """
 
     module: fx.GraphModule
@@ -58,6 +59,7 @@ class Captured:
     seq: sympy.Symbol
     batch: sympy.Expr
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scalars: Mapping[int, Any] = field(default_factory=dict)
 
     def of(self, *roles: Role) -> list[Input]:
         return [i for i in self.inputs if i.role in roles]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -31,6 +32,7 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     seq = _sequence_symbol(fakes, constant)
+    gm, scalars = _with_numbers(gm, places, real)
     try:
         with torch.no_grad():
             module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
@@ -40,7 +42,26 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
     assert isinstance(module, fx.GraphModule)
-    return _described(module, places, fakes, real, constant, seq)
+    return replace(_described(module, places, fakes, real, constant, seq), scalars=scalars)
+
+
+def _with_numbers(
+    gm: fx.GraphModule, places: Sequence[fx.Node], real: Sequence[Any]
+) -> tuple[fx.GraphModule, dict[int, Any]]:
+    """The graph with the numbers that ``item`` reads from 0-d inputs written in.
+
+    With ``dynamic=True`` Dynamo passes a Python float (an epsilon, a scale) as a tensor and guards nothing: whoever runs
+    the graph compares.
+    """
+    index = {place.name: k for k, place in enumerate(places)}
+    items = [n for n in gm.graph.nodes if n.op == "call_method" and n.target == "item" and n.args[0].name in index]
+    if not items:
+        return gm, {}
+    numbers = {n.name: (index[n.args[0].name], real[index[n.args[0].name]].item()) for n in items}
+    graph, made = fx.Graph(), {}
+    for node in gm.graph.nodes:
+        made[node] = numbers[node.name][1] if node.name in numbers else graph.node_copy(node, made.__getitem__)
+    return fx.GraphModule(gm, graph), dict(numbers.values())
 
 
 def _one_device(tensors: Sequence[torch.Tensor]) -> None:

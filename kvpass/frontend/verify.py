@@ -118,7 +118,7 @@ class _Texts:
                 known = sympy.sympify(
                     expr.xreplace(self.values)
                 )  # a number of the caller's has no tensor to be read off
-                number = int(known) if known.is_number else value.node.hint
+                number = int(known) if known.is_number else getattr(getattr(value, "node", None), "hint", value)
                 args.append(end if expr == self.captured.seq else number)
             elif given.role in (Role.SEQUENCE, Role.FORM):
                 for axis in given.seq_axes:

@@ -53,8 +53,8 @@ class Keys:
         for given in self.contexts:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
-        for k in self.numbers:
-            digest.update(f"{k}={args[k]};".encode())
+        for symbol, k in self.numbers:
+            digest.update(f"{symbol}={args[k]};".encode())
         for given in self.sequences:
             digest.update(
                 f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1 :])}".encode()
@@ -71,8 +71,8 @@ class Keys:
         return digest.digest()
 
 
-def _free_numbers(captured: Captured) -> list[int]:
-    """Symbolic numbers that the caller passes and that a value may depend on.
+def _free_numbers(captured: Captured) -> list[tuple[str, int]]:
+    """Symbolic numbers that the caller passes and that a value may depend on, by the symbol that identities speak of.
 
     Neither the length of the sequence nor the size of the batch, nor a number that is only the stride of an input:
     where the bytes of a tensor lie does not change what it says.
@@ -86,7 +86,8 @@ def _free_numbers(captured: Captured) -> list[int]:
                 seen.update(s for size in value.shape for s in sym(size).free_symbols)
             elif node.op != "placeholder" or node.users:
                 seen.update(sym(value).free_symbols if isinstance(value, (torch.SymInt, torch.SymFloat)) else ())
-    return [i.index for i in captured.of(Role.SYMBOL) if (sym(nodes[i.name].meta["val"]).free_symbols & seen) - read]
+    symbols = {i.index: sym(nodes[i.name].meta["val"]) for i in captured.of(Role.SYMBOL)}
+    return sorted((str(symbol), k) for k, symbol in symbols.items() if (symbol.free_symbols & seen) - read)
 
 
 def tensor_bytes(value: Any) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Program:
         if self._check is not None and not self._passes(args):
             return self._plainly(args)
         bound = self._current(args)
-        if bound is None or not self._forms_hold(args):
+        if bound is None or not self._numbers_hold(args) or not self._forms_hold(args):
             return self._plainly(args)
         rows, width = self.keys.rows(args)
         length = self.keys.length(args)
@@ -171,9 +171,7 @@ class Program:
         facts = {node.name: step.fact for node, step in old.incremental.plan.analyzed.steps.items()}
         if not any(facts[name].expr is not None for name in weights.changed(old.weights)):
             return self._bind(old.incremental, weights)
-        captured = Captured(
-            self.captured.module, self.captured.inputs, self.captured.seq, self.captured.batch, constants
-        )
+        captured = replace(self.captured, constants=constants)
         try:
             return self._bind(self._rebuild(captured), weights)
         except errors.Refusal as refusal:
@@ -189,6 +187,17 @@ class Program:
         # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
         remembered = Remembered(self.cache.stats().bytes_capacity // 10)
         return Bound(incremental, weights, self.cache.register(slots), _lenders(plan), hoist(incremental), remembered)
+
+    def _numbers_hold(self, args: Sequence[Any]) -> bool:
+        """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
+        for k, number in self.captured.scalars.items():
+            now = args[k].item()
+            if now != number:
+                source = self.captured.inputs[k].source
+                detail = f"{source} is {now} where the graph was captured with {number}: the call runs without the cache"
+                self._warn(source, str(errors.NumberChanged(detail=detail)))
+                return False
+        return True
 
     def _forms_hold(self, args: Sequence[Any]) -> bool:
         """Masks that the caller passes must still be what was proved of them."""
