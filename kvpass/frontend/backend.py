@@ -159,5 +159,7 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         where = reason.user_stack[-1] if reason.user_stack else None
         place = f"{where.filename}:{where.lineno} in {where.name}" if where is not None else ""
         raise errors.GraphBreak(detail=str(reason.reason).splitlines()[0], source=place)
+    if any("torch_dynamo_resume_in" in (node.meta.get("stack_trace") or "") for node in gm.graph.nodes):
+        raise errors.GraphBreak(detail="this is what comes after a break")
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         raise errors.NeedsGradients()

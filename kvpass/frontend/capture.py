@@ -50,15 +50,16 @@ def _with_numbers(
 ) -> tuple[fx.GraphModule, dict[int, Any]]:
     """The graph with the numbers that ``item`` reads from 0-d inputs written in.
 
-    With ``dynamic=True`` Dynamo passes a Python float (an epsilon, a scale) as a tensor and guards nothing: whoever runs
-    the graph compares.
+    With ``dynamic=True`` Dynamo passes a Python float (an epsilon, a scale) as a tensor and guards nothing: whoever
+    runs the graph compares.
     """
     index = {place.name: k for k, place in enumerate(places)}
     items = [n for n in gm.graph.nodes if n.op == "call_method" and n.target == "item" and n.args[0].name in index]
     if not items:
         return gm, {}
     numbers = {n.name: (index[n.args[0].name], real[index[n.args[0].name]].item()) for n in items}
-    graph, made = fx.Graph(), {}
+    graph = fx.Graph()
+    made: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         made[node] = numbers[node.name][1] if node.name in numbers else graph.node_copy(node, made.__getitem__)
     return fx.GraphModule(gm, graph), dict(numbers.values())

@@ -18,7 +18,7 @@ from torch import fx
 from kvpass import errors
 from kvpass.analysis.facts import Fact, index, leaf_name
 from kvpass.analysis.identity import identities
-from kvpass.analysis.sweep import Analyzed, sym
+from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.cache import Cache, SlotSpec
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
@@ -78,7 +78,9 @@ def verify(
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
             problem = _difference(a, b, meaningful.get(k))
             if problem:
-                raise errors.VerifyMismatch(detail=f"output {k} at {end} rows, {lease.start} of them cached: {problem}")
+                node = plan.analyzed.outputs[k]
+                detail = f"output {k} at {end} rows, {lease.start} of them cached: {problem}"
+                raise errors.VerifyMismatch(detail=detail).at(node.name, source_of(node))
 
 
 class _Texts:

@@ -194,7 +194,9 @@ class Program:
             now = args[k].item()
             if now != number:
                 source = self.captured.inputs[k].source
-                detail = f"{source} is {now} where the graph was captured with {number}: the call runs without the cache"
+                detail = (
+                    f"{source} is {now} where the graph was captured with {number}: the call runs without the cache"
+                )
                 self._warn(source, str(errors.NumberChanged(detail=detail)))
                 return False
         return True

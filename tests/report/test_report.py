@@ -19,7 +19,7 @@ PROVEN = ["causal", "sliding", "mixture", "padded", "unrecognised"]
 REFUSED = {
     "bidirectional": ["KV202"],
     "static": ["KV101"],
-    "broken": ["KV104", "KV101"],
+    "broken": ["KV104", "KV104"],
     "unknown_op": ["KV201"],
 }
 

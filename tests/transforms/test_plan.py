@@ -1,0 +1,134 @@
+"""What the cut stores, and what it is called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import kvpass
+from kvpass.frontend import backend
+from kvpass.runtime.program import Program
+
+Forward = Callable[["Layer", Tensor], Tensor]
+
+
+class Layer(nn.Module):
+    """One attention over 4 query heads and 2 key/value heads of size 8; ``forward`` is given."""
+
+    def __init__(self, function: Forward) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.embed, self.out = nn.Embedding(16, 32), nn.Linear(32, 16)
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.function(self, self.embed(ids))[:, -1:])
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def grouped(layer: Layer, x: Tensor) -> Tensor:
+    k, v = heads(layer.k(x), 2), heads(layer.v(x), 2)
+    return merged(sdpa(heads(layer.q(x), 4), k, v, is_causal=True, enable_gqa=True))
+
+
+def repeated(layer: Layer, x: Tensor) -> Tensor:
+    k, v = (heads(w(x), 2).repeat_interleave(2, dim=1) for w in (layer.k, layer.v))
+    return merged(sdpa(heads(layer.q(x), 4), k, v, is_causal=True))
+
+
+def in_double(layer: Layer, x: Tensor) -> Tensor:
+    k, v = (heads(w(x), 2).repeat_interleave(2, dim=1).double() for w in (layer.k, layer.v))
+    return merged(sdpa(heads(layer.q(x), 4).double(), k, v, is_causal=True)).float()
+
+
+def shared(layer: Layer, x: Tensor) -> Tensor:
+    """Keys are values."""
+    k = heads(layer.k(x), 2)
+    return merged(sdpa(heads(layer.q(x), 4), k, k, is_causal=True, enable_gqa=True))
+
+
+def latent(layer: Layer, x: Tensor) -> Tensor:
+    """Keys and values of 64 entries each are functions of a row of 8, without a product in between."""
+    c = layer.k(x)[..., :8]
+    k, v = c.repeat(1, 1, 8).unflatten(-1, (4, 16)).transpose(1, 2), c.sin().repeat(1, 1, 4).unflatten(-1, (4, 8))
+    return merged(sdpa(heads(layer.q(x).repeat(1, 1, 2), 4), k, v.transpose(1, 2), is_causal=True))
+
+
+def program(function: Forward, change: Callable[[Layer], Any] = lambda layer: None, batch: int = 1) -> Program:
+    torch._dynamo.reset()
+    layer = Layer(function).eval()
+    with torch.no_grad():
+        change(layer)
+        cache = kvpass.Cache(capacity="8MiB")
+        ids = torch.randint(0, 16, (batch, 9))
+        torch.testing.assert_close(kvpass.compile(layer, cache=cache)(ids), layer(ids))
+    made = backend.records()[-1].program
+    assert made is not None
+    return made
+
+
+def names(made: Program) -> list[bytes]:
+    assert made._bound is not None
+    return sorted(slot.identity for slot in made._bound.table.slots)
+
+
+@pytest.mark.parametrize(
+    ("function", "least"),
+    [(grouped, 2 * 16 * 4), (repeated, 2 * 16 * 4), (in_double, 2 * 16 * 4), (shared, 16 * 4), (latent, 8 * 4)],
+)
+def test_fewest_bytes_per_row(function: Forward, least: int) -> None:
+    made = program(function)
+    assert made.incremental is not None
+    # The embedding of a token is nearer to the inputs, and 32 * 4 bytes.
+    assert made.incremental.plan.bytes_per_row == min(least, 32 * 4)
+
+
+def test_heads_stand_before_rows() -> None:
+    made = program(grouped)
+    assert made.incremental is not None
+    assert {(slot.before, slot.after) for slot in made.incremental.plan.slots} <= {((2,), (8,)), ((), (32,))}
+
+
+def test_equal_computations_have_one_name() -> None:
+    assert names(program(latent)) == names(program(latent, batch=3))
+
+
+@pytest.mark.parametrize("weight", ["embed.weight", "k.weight", "k.bias"])
+def test_a_weight_behind_the_rows_is_in_their_name(weight: str) -> None:
+    def change(layer: Layer) -> None:
+        layer.get_parameter(weight)[0] += 1.0
+
+    assert set(names(program(latent))).isdisjoint(names(program(latent, change)))
+
+
+def test_a_weight_after_the_rows_is_not() -> None:
+    def change(layer: Layer) -> None:
+        layer.q.weight[0] += 1.0
+        layer.out.bias[0] += 1.0
+
+    assert names(program(latent)) == names(program(latent, change))
+
+
+def test_the_order_of_operands_and_arguments_is_in_the_name() -> None:
+    def variant(first: float, swap: bool) -> Forward:
+        def function(layer: Layer, x: Tensor) -> Tensor:
+            a, b = layer.k(x)[..., :8], layer.v(x)[..., :8]
+            c = (b - first * a if swap else a - first * b).contiguous()
+            k = c.repeat(1, 1, 4).unflatten(-1, (4, 8)).transpose(1, 2)
+            return merged(sdpa(heads(layer.q(x), 4), k, k, is_causal=True))
+
+        return function
+
+    found = [names(program(variant(*given)))[0] for given in ((1.0, False), (2.0, False), (1.0, True))]
+    assert len(set(found)) == 3
