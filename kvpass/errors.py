@@ -168,6 +168,12 @@ class NotIncremental(Refusal):
     hint = "row-wise values that later rows read must have one sequence axis and be the result of the model's own ops"
 
 
+class NothingStored(Refusal):
+    code = "KV209"
+    template = "no row of an output needs what an earlier row computed: there is nothing to keep"
+    hint = "no action is needed; if the model has attention, check that its inputs are the ones that grow"
+
+
 class VerifyMismatch(Refusal):
     code = "KV301"
     template = "the rewritten graph disagreed with the captured one on the real weights: {detail}"
@@ -217,6 +223,7 @@ REFUSALS: tuple[type[Refusal], ...] = (
     EmptyRow,
     UnsupportedShape,
     NotIncremental,
+    NothingStored,
     VerifyMismatch,
     CapacityTooSmall,
     NumberChanged,

@@ -16,7 +16,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.facts import Atom, Kind
+from kvpass.analysis.facts import Atom, Fact, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed, attribute, sym
 from kvpass.ir import Input, Role
 
@@ -58,6 +58,7 @@ class _Hasher:
         self.ordinal = {i.name: k for k, i in enumerate(captured.of(Role.SEQUENCE))}
         self.ordinal |= {i.name: k for k, i in enumerate(captured.of(Role.CONTEXT))}
         self.found: dict[fx.Node, bytes] = {}
+        self.leaves = {leaf_name(node.name): node for node in analyzed.steps}
 
     def visit(self, node: fx.Node) -> None:
         fact = self.analyzed.fact(node)
@@ -66,14 +67,35 @@ class _Hasher:
             parts = self.input(self.inputs[node.name])
         elif node.op == "get_attr":
             parts = ["constant", digest_of(attribute(self.analyzed.captured.module, str(node.target)))]
-        elif expr is not None and not expr.atoms(AppliedUndef):
-            parts = ["index", sympy.srepr(expr.xreplace(self.rename))]
+        elif expr is not None and not self._is_leaf(node, expr):
+            parts = ["index", sympy.srepr(self.form(fact, expr))]
         else:
             skip = node.target in _SIZED
             parts = [str(node.target), self.argument(node.args, skip), self.argument(node.kwargs, skip)]
         signature = "|".join(_axis(dim, self.rename) for dim in fact.dims)
         text = repr((*parts, signature, str(fact.dtype)))
         self.found[node] = hashlib.sha256(text.encode()).digest()
+
+    def _is_leaf(self, node: fx.Node, expr: sympy.Basic) -> bool:
+        return any(leaf.func.__name__ == leaf_name(node.name) for leaf in expr.atoms(AppliedUndef))
+
+    def form(self, fact: Fact, expr: sympy.Basic) -> sympy.Basic:
+        """A closed form in which leaf functions go by the identity of their node.
+
+        The place in the batch does not enter: in one sequence it is 0, in several it is the row's own.
+        """
+        free = [k for k, atom in enumerate(fact.atoms) if atom.kind is not Kind.BATCH and atom.size != 1]
+        names = {index(k): sympy.Symbol(f"a{n}") for n, k in enumerate(free)} | self.rename
+
+        def named(leaf: AppliedUndef) -> sympy.Basic:
+            node = self.leaves[leaf.func.__name__]
+            atoms = self.analyzed.fact(node).atoms
+            kept = [
+                arg.xreplace(names) for arg, atom in zip(leaf.args, atoms, strict=True) if atom.kind is not Kind.BATCH
+            ]
+            return sympy.Function(self.found[node].hex())(*kept)
+
+        return expr.replace(lambda e: isinstance(e, AppliedUndef), named).xreplace(names)
 
     def input(self, given: Input) -> list[Any]:
         if given.role is Role.CONSTANT:

@@ -48,8 +48,10 @@ class CacheStats:
             f"memory         {format_bytes(self.bytes_used)} of {format_bytes(self.bytes_capacity)}",
             f"pages          {self.pages_used} used, {self.pages_pinned} pinned, {self.evictions} evicted",
         ]
-        lines += [
-            f"  {name:<20} {slot.rows} rows, {slot.pages} pages, {format_bytes(slot.bytes)}"
-            for name, slot in self.by_slot.items()
-        ]
+        alike: dict[SlotStats, list[str]] = {}
+        for name, slot in self.by_slot.items():
+            alike.setdefault(slot, []).append(name)
+        for slot, names in alike.items():
+            who = names[0] if len(names) == 1 else f"{len(names)} slots, {names[0]} .."
+            lines.append(f"  {who:<28} {slot.rows} rows, {slot.pages} pages, {format_bytes(slot.bytes)} each")
         return "\n".join(lines)

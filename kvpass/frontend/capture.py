@@ -31,6 +31,7 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     fakes = [n.meta.get("example_value", n.meta.get("val")) for n in places]
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
+    _tie_lengths(fakes, constant)
     seq = _sequence_symbol(fakes, constant)
     gm, scalars = _with_numbers(gm, places, real)
     try:
@@ -82,6 +83,24 @@ def _is_constant(node: fx.Node, real: Any) -> bool:
     return bool(
         guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__
     )
+
+
+def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:
+    """Guard that tokens, masks and positions are of one length, where they are so in this call.
+
+    A model that only gathers from its mask does not say so itself, and its rows would be two sequences. Comparing the
+    two symbols makes it a guard of Dynamo's: other lengths are another compilation.
+    """
+    tables = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and _is_table(f)]
+    for other in tables[1:]:
+        a, b = tables[0].shape[1], other.shape[1]
+        if sym(a) != sym(b) and getattr(a, "node", None) is not None and a.node.hint == getattr(b.node, "hint", None):
+            bool(a == b)
+
+
+def _is_table(fake: Any) -> bool:
+    """``[B, S]``: tokens, a padding mask, positions."""
+    return isinstance(fake, torch.Tensor) and fake.dim() == 2 and isinstance(sym(fake.shape[1]), sympy.Symbol)
 
 
 def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Symbol:

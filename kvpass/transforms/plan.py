@@ -130,6 +130,8 @@ def plan(analyzed: Analyzed) -> Plan:
     stored = {_unpadded(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks)}
     order = [n for n in analyzed.steps if n in stored]
     slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
+    if not slots:
+        raise errors.NothingStored()
     return Plan(analyzed, slots, free, max(1, sweep.tail))
 
 

@@ -132,3 +132,39 @@ def test_the_order_of_operands_and_arguments_is_in_the_name() -> None:
 
     found = [names(program(variant(*given)))[0] for given in ((1.0, False), (2.0, False), (1.0, True))]
     assert len(set(found)) == 3
+
+
+class Padded(nn.Module):
+    """Two layers, so that what is stored in the second one depends on the mask of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.k, self.out = nn.Embedding(16, 8), nn.Linear(8, 4), nn.Linear(8, 16)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        place = torch.arange(ids.shape[1])
+        batch = torch.arange(ids.shape[0])[:, None, None, None]
+        keep = (place[None] <= place[:, None]) & attention_mask.bool()[batch, place[None, None, None]]
+        for _ in range(2):
+            c = self.k(x).unsqueeze(1)
+            x = x + sdpa(c, c, torch.cat([c.sin(), c.cos()], -1), attn_mask=keep).squeeze(1)
+        return self.out(x[:, -1:])
+
+
+def test_one_sequence_and_several_share_their_rows() -> None:
+    torch.manual_seed(0)
+    model, cache = Padded().eval(), kvpass.Cache(capacity="8MiB")
+    ids = torch.randint(0, 16, (3, 20))
+    with torch.no_grad():
+        for batch in (ids[:1], ids):
+            torch._dynamo.reset()
+            mask = torch.ones_like(batch)
+            mask[0, :2] = 0
+            fast = kvpass.compile(model, cache=cache)
+            torch.testing.assert_close(fast(batch, mask)[1:], model(batch, mask)[1:])
+        made = [record.program for record in backend.records()[-2:]]
+    assert made[0] is not None
+    assert made[1] is not None
+    assert len(names(made[0])) == 2
+    assert names(made[0]) == names(made[1])

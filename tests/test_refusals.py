@@ -1,0 +1,178 @@
+"""Every refusal can happen: for each one a call that brings it, answered by the model as it was written."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import kvpass
+from kvpass import errors
+from kvpass.frontend import backend, capture
+from kvpass.kernels import ops
+from tests.test_adversarial import CASES
+
+Function = Callable[["Model", Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """Causal attention, after `function` had its way with the rows."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.embed, self.key, self.out = nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor, *more: Any) -> Tensor:
+        x = self.function(self, self.embed(ids), *more).unsqueeze(1)
+        return self.out(sdpa(x, self.key(x), x, is_causal=True)[:, 0, -1:])
+
+
+def same(model: Model, x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
+def counts(model: Model, x: Tensor) -> Tensor:
+    model.calls.add_(1)
+    return x
+
+
+def breaks(model: Model, x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x
+
+
+def unknown(model: Model, x: Tensor) -> Tensor:
+    return torch.special.bessel_j0(x)
+
+
+def splits(model: Model, x: Tensor) -> Tensor:
+    return x.unflatten(1, (2, -1)).cumsum(1).flatten(1, 2)
+
+
+def pairs(model: Model, x: Tensor) -> Tensor:
+    """What would be stored has two sequence axes."""
+    causal = (x @ x.mT).tril()
+    return causal @ causal @ x
+
+
+def cube(model: Model, x: Tensor, given: Tensor) -> Tensor:
+    return x + given[0, 0, 0]
+
+
+def scaled(model: Model, x: Tensor, factor: float) -> Tensor:
+    return x * factor
+
+
+class Rows(nn.Module):
+    """No row reads another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.embed(ids)[:, -1:])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def ids(batch: int = 1, rows: int = 10) -> Tensor:
+    return torch.arange(batch * rows).reshape(batch, rows) % 16
+
+
+def code_of(model: nn.Module, *args: Any, dynamic: bool | None = True) -> str:
+    """The code of the refusal; the answer is the model's."""
+    fast = torch.compile(model, backend="kvpass", dynamic=dynamic)
+    torch.testing.assert_close(fast(*args), model(*args), equal_nan=True)
+    record = backend.records()[-1]
+    refusal = record.refusal or (record.program.refusal if record.program else None)
+    assert refusal is not None
+    assert refusal.code in str(refusal)
+    assert refusal.hint
+    return refusal.code
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise KeyError("a planted fault")
+
+
+BY_CALL: dict[str, Callable[[], str]] = {
+    "KV101": lambda: code_of(Model(same), ids(), dynamic=None),
+    "KV102": lambda: code_of(Model(same), ids(rows=1), dynamic=None),
+    "KV104": lambda: code_of(Model(breaks), ids()),
+    "KV105": lambda: meta(),
+    "KV106": lambda: code_of(Model(cube), ids(), torch.zeros(10, 10, 10)),
+    "KV107": lambda: code_of(Model(counts), ids()),
+    "KV108": lambda: code_of(Model(same), ids(10, 10)),
+    "KV201": lambda: code_of(Model(unknown), ids()),
+    "KV207": lambda: code_of(Model(splits), ids()),
+    "KV208": lambda: code_of(Model(pairs), ids()),
+    "KV209": lambda: code_of(Rows(), ids()),
+}
+
+
+def meta() -> str:
+    model = Model(same).to("meta")
+    assert torch.compile(model, backend="kvpass", dynamic=True)(ids().to("meta")).shape == (1, 1, 16)
+    refusal = backend.records()[-1].refusal
+    assert refusal is not None
+    return refusal.code
+
+
+@pytest.mark.parametrize("code", BY_CALL)
+def test_refused_by_a_call(code: str) -> None:
+    assert BY_CALL[code]() == code
+
+
+def test_gradients() -> None:
+    with torch.enable_grad():
+        assert code_of(Model(same), ids()) == "KV103"
+
+
+def test_failures_in_capture_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "aot_export_module", broken)
+        assert code_of(Model(same), ids()) == "KV109"
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "incrementalise", broken)
+    assert code_of(Model(same), ids()) == "KV110"
+
+
+def test_a_wrong_rewriting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "append", lambda pool, rows, place, before: pool.zero_())
+    assert code_of(Model(same), ids()) == "KV301"
+
+
+def test_a_cache_that_is_too_small_says_so_in_the_call(caplog: pytest.LogCaptureFixture) -> None:
+    model, cache = Model(same), kvpass.Cache(capacity=1024)
+    with caplog.at_level(logging.WARNING, "kvpass"):
+        torch.testing.assert_close(kvpass.compile(model, cache=cache)(ids()), model(ids()))
+    assert "KV302" in caplog.text
+    assert cache.stats().bytes_used == 0
+
+
+def test_a_number_that_changes_says_so_in_the_call(caplog: pytest.LogCaptureFixture) -> None:
+    model, cache = Model(scaled), kvpass.Cache(capacity="8MiB")
+    fast = torch.compile(model, backend="kvpass", dynamic=True, options={"cache": cache})
+    with caplog.at_level(logging.WARNING, "kvpass"):
+        for factor in (0.5, 0.5, 0.25, 0.125, 0.5):
+            torch.testing.assert_close(fast(ids(), factor), model(ids(), factor))
+    assert "KV303" in caplog.text
+    assert cache.stats().rows_reused == 2 * 9
+
+
+def test_every_refusal_has_a_test() -> None:
+    here = {*BY_CALL, "KV103", "KV109", "KV110", "KV301", "KV302", "KV303"}
+    there = set().union(*(case.codes for case in CASES))
+    assert {refusal.code for refusal in errors.REFUSALS} <= here | there
