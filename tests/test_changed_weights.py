@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kvpass
+from kvpass.runtime import weights
 from kvpass.runtime.weights import Weights
 
 
@@ -43,9 +44,11 @@ def load(model: Small) -> None:
     model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on a device"])
 @pytest.mark.parametrize("change", [add, scale_data_with_stride, scale_data, replace_data, load])
 @torch.no_grad()
-def test_no_stale_answer(change: Callable[[Small], None]) -> None:
+def test_no_stale_answer(change: Callable[[Small], None], on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_on_host", lambda tensor: on_host)
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Small().eval()
