@@ -166,7 +166,7 @@ def _print_refusals(backend: str) -> None:
         return
     import kvpass
 
-    latest = list(kvpass.reports())
+    latest = kvpass.reports()
     if latest and not any(report.proven for report in latest):
         for refusal in latest[-1].refusals:
             print(f"not rewritten: {refusal.code} {refusal.message}")

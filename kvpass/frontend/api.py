@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +70,8 @@ class recording:
         backend._listeners.remove(self.found.append)
 
 
-def reports() -> Iterator[Any]:
-    """A report for each of the latest compilations of this process."""
+def reports() -> list[Any]:
+    """A report for each of the latest compilations of this process, oldest first."""
     from kvpass.report import Report
 
-    return (Report.of([record]) for record in backend.records())
+    return [Report.of([record]) for record in backend.records()]
