@@ -36,6 +36,14 @@ def scale_data(model: Small) -> None:
     model.embed.weight.data.mul_(2)
 
 
+def write_one_entry(model: Small) -> None:
+    model.embed.weight.data[5, 3] = 40
+
+
+def write_one_entry_through_a_view(model: Small) -> None:
+    model.key.data.t()[:4].view(-1)[9:10] = 40
+
+
 def replace_data(model: Small) -> None:
     model.embed.weight.data = torch.randn(19, 8)
 
@@ -44,8 +52,19 @@ def load(model: Small) -> None:
     model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
 
 
+CHANGES = [
+    add,
+    scale_data_with_stride,
+    scale_data,
+    write_one_entry,
+    write_one_entry_through_a_view,
+    replace_data,
+    load,
+]
+
+
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on a device"])
-@pytest.mark.parametrize("change", [add, scale_data_with_stride, scale_data, replace_data, load])
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_no_stale_answer(change: Callable[[Small], None], on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_on_host", lambda tensor: on_host)
@@ -53,7 +72,7 @@ def test_no_stale_answer(change: Callable[[Small], None], on_host: bool, monkeyp
     torch.manual_seed(0)
     model = Small().eval()
     fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
-    ids = torch.randint(0, 19, (1, 11))
+    ids = torch.arange(11).unsqueeze(0)
     fast(ids)
     change(model)
     torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
@@ -74,3 +93,52 @@ def test_one_entry_of_a_tensor_with_holes() -> None:
     assert held.same((tensor,))
     tensor.data[517, 3] = 1
     assert not held.same((tensor,))
+
+
+def weight(*shape: int) -> tuple[Tensor, Weights]:
+    tensor = torch.zeros(shape)
+    return tensor, Weights({"w": tensor})
+
+
+def test_every_program_sees_a_write() -> None:
+    tensor, first = weight(1000, 8)
+    tensor.data[517, 3] = 1
+    second = Weights({"w": tensor})
+    assert not first.same((tensor,))
+    assert second.same((tensor,))
+    tensor.data[517, 3] = 2
+    assert not second.same((tensor,))
+    assert not first.same((tensor,))
+
+
+def test_tied_weights_share_the_mark() -> None:
+    tensor = torch.zeros(1000, 8)
+    twin = tensor.detach().t()
+    held = Weights({"w": tensor}), Weights({"w": twin})
+    twin.data[3, 517] = 1
+    assert not held[0].same((tensor,))
+    assert not held[1].same((twin,))
+
+
+def test_reading_is_no_change_and_ends_the_marks_in_the_end() -> None:
+    tensor, held = weight(1000, 8)
+    for _ in range(4):
+        tensor.numpy()
+        if not held.same((tensor,)):
+            again = Weights({"w": tensor})
+            assert again.digests == held.digests
+            held = again
+    tensor.numpy()
+    assert held.same((tensor,))
+    tensor.data.add_(1)
+    assert not held.same((tensor,))
+
+
+def test_a_call_reads_weights_without_a_writable_pointer() -> None:
+    torch._dynamo.reset()
+    model = Small().eval()
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
+    with torch.no_grad():
+        for length in (5, 6, 9):
+            fast(torch.arange(length).unsqueeze(0))
+    assert all(torch._C._is_cow_tensor(p) for p in model.parameters())

@@ -45,8 +45,8 @@ class Remembered:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Where a tensor's memory begins: two tensors that share it have the same."""
-    return tensor.untyped_storage().data_ptr()
+    """The identity of a tensor's storage: two tensors that share it have the same."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(values: Values) -> int:

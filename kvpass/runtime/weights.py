@@ -1,14 +1,15 @@
 """Weights by identity: what they are, and whether they still are.
 
 A stored row is only right for the weights that made it. Each constant is known by the SHA-256 of its contents; per call
-a change is noticed by the storage's address, by the version counter that every in-place op moves, and, since
-``p.data.mul_()`` moves no counter that can be seen from ``p``, by a sample of the contents.
+a change is noticed by the storage's address, by the version counter that every in-place op moves, by the marks of
+`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``) and, since memory that torch
+does not own bears no mark, by a sample of the contents.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,23 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpass.analysis.identity import digest_of
+from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
-_lock = threading.Lock()
-_digests: Any = WeakIdKeyDictionary()  # tensor -> ((address, version, sample), digest)
+_digests: Any = WeakIdKeyDictionary()  # tensor -> (mark, sample, digest)
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _unwatched(tensor: torch.Tensor) -> bool:
+def _unwatched(tensor: torch.Tensor, storage: written.Storage) -> bool:
     """True where nothing tells of a change, so that the contents must be read in every call.
 
     Tensors made under ``inference_mode`` have no version; of a tensor with holes no cheap sample can be taken.
     """
+    if storage.marked:
+        return False
     return tensor.is_inference() or (tensor.numel() > 0 and _peek(tensor) is None)
 
 
@@ -77,19 +80,25 @@ class _Sample:
         return all(torch.equal(now, was) for now, was in zip(self._look_far(), self._far_was, strict=True))
 
 
-def content(tensor: torch.Tensor) -> bytes:
+# The address without the writable pointer that `data_ptr()` takes.
+_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+
+
+def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
     """The content digest of a constant, computed again only where it may have changed."""
-    if _unwatched(tensor):
+    if _unwatched(tensor, storage):
         return digest_of(tensor)
     peek = _peek(tensor)
-    mark = (tensor.data_ptr(), _version(tensor), b"" if peek is None else peek.cpu().numpy().tobytes())
-    with _lock:
-        known = _digests.get(tensor)
-    if known is not None and known[0] == mark:
-        return known[1]  # type: ignore[no-any-return]
+    storage.look(tensor)
+    mark = _address(tensor), _version(tensor), storage.epoch
+    sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
+    known = _digests.get(tensor)
+    if known is not None and known[:2] == (mark, sample):
+        return known[2]  # type: ignore[no-any-return]
     digest = digest_of(tensor)
-    with _lock:
-        _digests[tensor] = (mark, digest)
+    if known is not None and known[0][:2] == mark[:2] and known[2] == digest:
+        storage.false_alarm()
+    _digests[tensor] = (mark, sample, digest)
     return digest
 
 
@@ -99,19 +108,31 @@ class Weights:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.names = tuple(tensors)
         self.tensors = tuple(tensors.values())
-        self.digests = {name: content(tensor) for name, tensor in tensors.items()}
-        self._unwatched = [(name, tensor) for name, tensor in tensors.items() if _unwatched(tensor)]
-        self._marks = self._now()
-        self._sample = _Sample(self.tensors)
+        with written.lock:
+            self._storages = [written.storage(tensor) for tensor in self.tensors]
+            contents = [_content(*pair) for pair in zip(self.tensors, self._storages, strict=True)]
+            self._sample = _Sample(self.tensors)
+            for tensor, storage in zip(self.tensors, self._storages, strict=True):
+                storage.mark(tensor)
+            named = list(zip(self.names, self.tensors, self._storages, strict=True))
+            self._marked = [tensor for _, tensor, storage in named if storage.marked]
+            self._unwatched = [(name, tensor) for name, tensor, storage in named if _unwatched(tensor, storage)]
+            self._versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
+            self._was = self._now()
+        self.digests = dict(zip(self.names, contents, strict=True))
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(t.data_ptr(), _version(t)) for t in self.tensors]
+    def _now(self) -> list[int]:
+        if not all(map(written.bearing, self._marked)):
+            for tensor, storage in zip(self.tensors, self._storages, strict=True):
+                storage.look(tensor)
+        epochs = map(attrgetter("epoch"), self._storages)
+        return [*map(_address, self.tensors), *map(attrgetter("_version"), self._versioned), *epochs]
 
     def same(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         """True where these are the same tensors with the contents that they had."""
-        if any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
+        if not all(map(is_, tensors, self.tensors)):
             return False
-        if self._now() != self._marks or not self._sample.same():
+        if self._now() != self._was or not self._sample.same():
             return False
         return all(digest_of(tensor) == self.digests[name] for name, tensor in self._unwatched)
 

@@ -9,7 +9,7 @@ from tests.models import Config, Transformer, build
 from tests.property.oracle import Model
 from tests.property.session import CacheLike, Session
 
-MUTATIONS = ("add", "data", "replace", "load")
+MUTATIONS = ("add", "data", "row", "replace", "load")
 
 Step = Callable[[Session], None]
 

@@ -202,6 +202,8 @@ class Session:
                 parameter.add_(noise)
             elif how == "data":
                 parameter.data.neg_()
+            elif how == "row":
+                parameter.data[self.random.randrange(len(parameter))].neg_()
             elif how == "replace":
                 parameter.data = parameter.data.roll(1, 0)
             else:
