@@ -107,6 +107,36 @@ def broken(*_: Any, **__: Any) -> Any:
     raise KeyError("a planted fault")
 
 
+class Talks(nn.Module):
+    """A block in a loop, and a break after each: Dynamo leaves the loop to Python without a word."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(16, 8), nn.ModuleList(blocks)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + sdpa(x, self.key(x), x, is_causal=True)
+
+
+class Breaks(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
 BY_CALL: dict[str, Callable[[], str]] = {
     "KV101": lambda: code_of(Model(same), ids(), dynamic=None),
     "KV102": lambda: code_of(Model(same), ids(rows=1), dynamic=None),
@@ -176,3 +206,30 @@ def test_every_refusal_has_a_test() -> None:
     here = {*BY_CALL, "KV103", "KV109", "KV110", "KV301", "KV302", "KV303"}
     there = set().union(*(case.codes for case in CASES))
     assert {refusal.code for refusal in errors.REFUSALS} <= here | there
+
+
+@pytest.mark.parametrize("model", [Talks(Block(), Block()), nn.Sequential(nn.Embedding(16, 8), Block(), Breaks())])
+def test_a_split_that_dynamo_does_not_report(model: nn.Module) -> None:
+    backend._records.clear()
+    assert code_of(model.eval(), ids()) == "KV104"
+    assert {record.refusal.code for record in backend.records() if record.refusal} == {"KV104"}
+    assert all(record.program is None for record in backend.records())
+    report = kvpass.explain(model, ids())
+    assert not report.proven
+    assert any(refusal.source.endswith("in forward") for refusal in report.refusals)
+
+
+def test_a_whole_model_in_a_loop_of_plain_python() -> None:
+    """The loop is left to Python; each call of the model is one graph."""
+    model = Model(same).eval()
+
+    def generate(ids: Tensor) -> Tensor:
+        for _ in range(3):
+            ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+            torch._dynamo.graph_break()
+        return ids
+
+    backend._records.clear()
+    fast = torch.compile(generate, backend="kvpass", dynamic=True)
+    torch.testing.assert_close(fast(ids()), generate(ids()))
+    assert all(record.program is not None for record in backend.records())

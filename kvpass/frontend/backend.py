@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch._dynamo import convert_frame, eval_frame
 
 from kvpass import errors
 from kvpass.cache import Cache
@@ -152,6 +155,23 @@ def _record(record: Record) -> None:
         listener(record)
 
 
+def _running_around() -> FrameType | None:
+    """The innermost method of a module that runs in Python around the graph that Dynamo compiles now.
+
+    Dynamo gives up a frame without a word where the break is in a loop, and compiles the functions that it calls.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != convert_frame.__file__:
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_filename != eval_frame.__file__:
+        code = frame.f_code
+        caller = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(caller, nn.Module) and code.co_name not in ("_wrapped_call_impl", "_call_impl"):
+            return frame
+        frame = frame.f_back
+    return None
+
+
 def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Graphs that are not the whole model, or whose call needs gradients."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -161,5 +181,9 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         raise errors.GraphBreak(detail=str(reason.reason).splitlines()[0], source=place)
     if any("torch_dynamo_resume_in" in (node.meta.get("stack_trace") or "") for node in gm.graph.nodes):
         raise errors.GraphBreak(detail="this is what comes after a break")
+    around = _running_around()
+    if around is not None:
+        place = f"{around.f_code.co_filename}:{around.f_lineno} in {around.f_code.co_name}"
+        raise errors.GraphBreak(detail="Dynamo runs the model in Python and compiles parts of it", source=place)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         raise errors.NeedsGradients()
