@@ -11,7 +11,7 @@ from kvpass import errors
 from kvpass.analysis import laws
 from kvpass.analysis.expressions import number
 from kvpass.analysis.facts import Fill, Kind, leaf_name
-from kvpass.analysis.scope import Label, Operand, symbol
+from kvpass.analysis.scope import Dims, Label, Operand, symbol
 from kvpass.analysis.table import (
     Op,
     Out,
@@ -113,7 +113,12 @@ def min_dim(op: Op) -> Any:
 
 @rule(aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction)
 def variance(op: Op) -> Any:
-    return _reduce(op, op.arg(1, "dim"), bool(op.kwargs.get("keepdim", False)), ())
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(3, "keepdim", False)), ())
+
+
+@rule(aten.var_mean.dim, aten.std_mean.dim, aten.var_mean.correction, aten.std_mean.correction)
+def variance_and_mean(op: Op) -> Any:
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(3, "keepdim", False)), (), outputs=2)
 
 
 @rule(aten.linalg_vector_norm.default)
@@ -164,15 +169,28 @@ def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any)
     parts.support, parts.fill = sympy.true, None
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default)
+@rule(aten.layer_norm.default, aten.rms_norm.default)
 def layer_norm(op: Op) -> Any:
+    return _normalised(op)[0]
+
+
+@rule(aten.native_layer_norm.default, aten._fused_rms_norm.default)
+def norm_with_statistics(op: Op) -> Any:
+    """The result, and the mean and the scale of each row of it."""
+    result, statistics = _normalised(op)
+    return [result, *(statistics for _ in op.shapes[1:])]
+
+
+def _normalised(op: Op) -> tuple[Out, Out]:
+    """The result, and what has one entry in the place of each normalised axis."""
     x = op.operands[0]
     count = len(op.args[1])
     labels = [label for dim in x.dims[len(x.dims) - count :] for label in dim]
     rest = [label for label in x.labels if label not in labels]
     parts = op.gather()
     _mix(op, parts, labels, rest, None)
-    return Out(x.dims, parts, x.ghosts)
+    outer: Dims = [*x.dims[: len(x.dims) - count], *([] for _ in range(count))]
+    return Out(x.dims, parts, x.ghosts), Out(outer, parts, x.ghosts)
 
 
 def _along(op: Op, where: Any, outputs: int = 1) -> Any:
