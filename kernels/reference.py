@@ -7,18 +7,16 @@ computes the products. Where the score is untouched between them, ATen's fused k
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sympy
 import torch
 import torch.nn.functional as F
-from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
 from torch import Tensor
 
 from kvpass.ir import SCORE, Attention, B, H, I, J
+from kvpass.kernels.walk import DIVIDE, NEGATE, FloorDiv, Target, walk
 
 _CAUSAL = sympy.Le(J, I)
 
@@ -85,7 +83,7 @@ def attention(
     Returns:
         ``[B, H, N, Dv]`` in ``spec.dtype``.
     """
-    if spec.score == SCORE and not spec.empty_is_nan:
+    if spec.score == SCORE and not spec.empty_is_nan and spec.sink is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -101,11 +99,21 @@ def attention(
         scores = scores.to(spec.softmax_dtype)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1)
-    if not spec.empty_is_nan and mask is not None:
-        weights = weights.nan_to_num(0.0) if bool((~mask.any(-1)).any()) else weights
+    weights = _weights(spec, scores, dict(zip(names, loads, strict=True)))
     weights = _unflatten(weights.to(value.dtype), 1, (spec.kv_heads, spec.group)).flatten(2, 3)
     return _unflatten(weights @ value, 2, (spec.group, new)).flatten(1, 2).to(spec.dtype)
+
+
+def _weights(spec: Attention, scores: Tensor, reads: Mapping[str, Tensor]) -> Tensor:
+    """Softmax over the keys, and over the sink."""
+    if spec.sink is not None:
+        sink = reads[spec.sink].reshape(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    weights = scores.softmax(-1)
+    if spec.empty_is_nan:
+        return weights
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return weights.masked_fill(empty, 0.0) if bool(empty.any()) else weights
 
 
 def _unflatten(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
@@ -113,60 +121,42 @@ def _unflatten(x: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
 
 
 class _Broadcast:
-    """A load that already has the score's axes: its index arguments are implied."""
+    """A read that already has the score's axes: its index arguments are implied."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def evaluate(expr: Any, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str, Any]) -> Any:
-    """An expression over tensors: index symbols and leaf functions are looked up, everything else is broadcast."""
-    if expr in symbols:
-        return symbols[expr]
-    if expr == sympy.true or expr == sympy.false:
-        return bool(expr)
-    if expr.is_number:
-        return int(expr) if expr.is_Integer and abs(expr) < 1 << 62 else float(expr)
-    if isinstance(expr, AppliedUndef):
-        leaf = leaves[expr.func.__name__]
+    """An expression over tensors: index symbols and reads are looked up, everything else is broadcast."""
+    target: Target[Any] = _Torch(symbols, leaves)
+    return walk(expr, target)
+
+
+class _Torch:
+    """Tensors, and Python numbers where nothing is a tensor yet."""
+
+    def __init__(self, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str, Any]) -> None:
+        self.symbols, self.leaves, self.ops = symbols, leaves, _TABLE
+
+    def number(self, value: sympy.Basic) -> Any:
+        if value in (sympy.true, sympy.false):
+            return bool(value)
+        return int(value) if value.is_Integer and abs(value) < 1 << 62 else float(value)
+
+    def symbol(self, symbol: sympy.Symbol) -> Any:
+        return self.symbols[symbol]
+
+    def read(self, name: str, indices: Iterator[Any]) -> Any:
+        leaf = self.leaves[name]
         if isinstance(leaf, _Broadcast):
             return leaf.tensor
-        return leaf[tuple(_index(evaluate(a, symbols, leaves)) for a in expr.args)]
-    if isinstance(expr, sympy.Piecewise):
-        return _piecewise(expr, symbols, leaves)
-    if isinstance(expr, (sympy.floor, Relational)) and any(not n.is_Integer for n in expr.atoms(sympy.Rational)):
-        return _whole_numbers(expr, symbols, leaves)
-    args = [evaluate(arg, symbols, leaves) for arg in expr.args]
-    return _TABLE[expr.func](*args)
+        return leaf[tuple(k if isinstance(k, (int, Tensor)) else int(k) for k in indices)]
 
-
-def _whole_numbers(expr: Any, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str, Any]) -> Any:
-    """``floor(x / 49)`` and ``x / 49 < y`` without fractions: in floating point 49 * (1 / 49) is less than one."""
-    fraction = expr.args[0] if isinstance(expr, sympy.floor) else expr.lhs - expr.rhs
-    above, below = sympy.together(fraction).as_numer_denom()
-    if not below.is_Integer:
-        raise NotImplementedError(f"{expr} divides by something else than a number")
-    number = evaluate(above, symbols, leaves)
-    if isinstance(expr, sympy.floor):
-        return number // int(below)
-    return _TABLE[expr.func](number, 0)
-
-
-def _index(value: Any) -> Any:
-    return value if isinstance(value, (int, Tensor)) else int(value)
-
-
-def _piecewise(expr: sympy.Piecewise, symbols: Mapping[sympy.Basic, Any], leaves: Mapping[str, Any]) -> Any:
-    out: Any = None
-    for value, cond in reversed(expr.args):
-        branch = evaluate(value, symbols, leaves)
-        test = evaluate(cond, symbols, leaves)
-        out = branch if out is None or test is True else torch.where(test, branch, out)
-    return out
-
-
-def _fold(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return lambda *args: reduce(function, args)
+    def select(self, condition: Any, yes: Any, no: Any) -> Any:
+        if isinstance(condition, bool):
+            return yes if condition else no
+        return torch.where(condition, yes, no)
 
 
 def _unary(torch_function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
@@ -174,12 +164,16 @@ def _unary(torch_function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
 
 
 _TABLE: dict[Any, Callable[..., Any]] = {
-    sympy.Add: _fold(operator.add),
-    sympy.Mul: _fold(operator.mul),
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
     sympy.Pow: operator.pow,
-    sympy.And: _fold(operator.and_),
-    sympy.Or: _fold(operator.or_),
-    sympy.Xor: _fold(operator.xor),
+    NEGATE: operator.neg,
+    DIVIDE: operator.truediv,
+    FloorDiv: operator.floordiv,
+    sympy.Mod: operator.mod,
+    sympy.And: operator.and_,
+    sympy.Or: operator.or_,
+    sympy.Xor: operator.xor,
     sympy.Not: lambda x: not x if isinstance(x, bool) else ~x,
     sympy.Eq: operator.eq,
     sympy.Ne: operator.ne,
@@ -187,8 +181,8 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     sympy.Le: operator.le,
     sympy.Gt: operator.gt,
     sympy.Ge: operator.ge,
-    sympy.Max: _fold(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
-    sympy.Min: _fold(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
+    sympy.Max: lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+    sympy.Min: lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     sympy.Abs: abs,
     sympy.floor: lambda x: x.floor() if isinstance(x, Tensor) and x.is_floating_point() else x,
     sympy.tanh: _unary(torch.tanh),

@@ -65,23 +65,49 @@ class Captured:
         return [i for i in self.inputs if i.role in roles]
 
 
+class Step(enum.Enum):
+    """How many new rows a call has."""
+
+    ANY = "any"
+    DECODE = "decode"  # few: every key is read once for all of them
+    PREFILL = "prefill"  # many: blocks of queries against blocks of keys
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor that a score or a support reads.
+
+    In a score it is ``name(b, h, i, j)`` and has an axis for each letter of ``axes``, in this order; its axis ``i``
+    begins at the first new row. In a support it is ``name(..)`` with an axis for each argument, over all rows.
+    """
+
+    name: str
+    dtype: torch.dtype
+    axes: str = ""
+
+
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention, the waist between analysis and code generation.
 
     ``out[b, h, i] = sum_j softmax_j(score(q[b, h, i] . k[b, h // group, j]))[j] * v[b, h // group, j]`` over the ``j``
-    inside ``support``. The reference interpreter, `kvpass.kernels.reference`, is its definition.
+    inside ``support``. The reference interpreter, `kvpass.kernels.reference`, is its definition; its text form is
+    `kvpass.kernels.text`.
 
     Attributes:
         heads, kv_heads: ``H`` and ``K``; ``group`` query heads share one key/value head.
         head_size, value_size: ``D`` of queries and keys, and of values.
         dtype: of queries, keys and values.
         scale: multiplies the raw score before ``score``.
-        score: expression over ``score``, the indices ``b h i j`` (rows, not offsets) and loads ``name(b, h, i, j)``.
+        score: expression over ``score``, the indices ``b h i j`` (rows, not offsets) and reads ``name(b, h, i, j)``.
         support: predicate over ``b h i j`` outside which a key is not seen. ``i`` and ``j`` are rows.
-        loads: the tensors that ``score`` and ``support`` read, by name.
-        softmax_dtype: in which the normaliser is computed.
+        reads: the tensors that ``score`` and ``support`` read.
+        softmax_dtype: in which the normaliser is computed; None leaves it to the kernel.
         empty_is_nan: a row that sees no key is NaN (a spelled-out softmax over -inf) instead of zero (ATen's SDPA).
+        sink: a read of axes ``h`` whose entry joins the normaliser of each row and has no value, or None.
+        batch: the number of sequences, None for any.
+        page_size: rows of a page of keys and values; None where they are one table.
+        step: the regime.
     """
 
     heads: int
@@ -92,9 +118,13 @@ class Attention:
     scale: float
     score: sympy.Expr
     support: sympy.Basic
-    loads: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = ()
     softmax_dtype: torch.dtype | None = None
     empty_is_nan: bool = False
+    sink: str | None = None
+    batch: int | None = None
+    page_size: int | None = None
+    step: Step = Step.ANY
 
     @property
     def group(self) -> int:
@@ -104,13 +134,6 @@ class Attention:
     def mask(self) -> str:
         """The support as text, ``True`` where every key is seen."""
         return str(self.support)
-
-    def __str__(self) -> str:
-        return (
-            f"attention(heads={self.heads}, kv_heads={self.kv_heads}, head_size={self.head_size}, "
-            f"value_size={self.value_size}, dtype={str(self.dtype).removeprefix('torch.')}, scale={self.scale:.6g}, "
-            f"score={self.score}, support={self.support})"
-        )
 
 
 SCORE = sympy.Symbol("score", real=True)

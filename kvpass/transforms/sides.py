@@ -15,7 +15,7 @@ from kvpass.analysis.expressions import branches, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
-from kvpass.ir import Attention, B, H, I, J
+from kvpass.ir import Attention, B, H, I, J, Read
 from kvpass.transforms.plan import UNITS
 
 aten = torch.ops.aten
@@ -46,6 +46,10 @@ class Load:
     name: str
     node: fx.Node
     axes: tuple[str, ...]
+
+    def read(self, fact: Fact) -> Read:
+        kept = {x for x, atom in zip(self.axes, fact.atoms, strict=False) if atom.size != 1}
+        return Read(self.name, fact.dtype, "".join(x for x in "bhij" if x in kept))
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ class Parts:
             scale=scale,
             score=score,
             support=support,
-            loads=tuple(load.name for load in loads),
+            reads=tuple(load.read(fact(load.node)) for load in loads),
             softmax_dtype=softmax_dtype,
             empty_is_nan=empty_is_nan,
         )
