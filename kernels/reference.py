@@ -93,8 +93,13 @@ def attention(
     if spec.scale != 1.0:
         scores = scores * spec.scale
     if spec.score != SCORE:
+        grid = _grid(start, start + new, query.device, spec.heads, ()) | {
+            B: torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1),
+            J: torch.arange(key.shape[2], device=query.device).view(1, 1, 1, -1),
+            SCORE: scores,
+        }
         leaves = dict(zip(names, loads, strict=True))
-        scores = evaluate(spec.score, {SCORE: scores}, {k: _Broadcast(v) for k, v in leaves.items()})
+        scores = evaluate(spec.score, grid, {k: _Broadcast(v) for k, v in leaves.items()})
     if spec.softmax_dtype is not None:
         scores = scores.to(spec.softmax_dtype)
     if mask is not None:
@@ -163,10 +168,18 @@ def _unary(torch_function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     return lambda x: torch_function(x if isinstance(x, Tensor) else torch.as_tensor(x))
 
 
+def _power(base: Any, exponent: Any) -> Any:
+    """In floating point where an exponent may be negative: torch's powers of whole numbers would be zero."""
+    whole = isinstance(base, int) or (isinstance(base, Tensor) and not base.is_floating_point())
+    if whole and (isinstance(exponent, Tensor) or exponent < 0):
+        base = torch.as_tensor(base, dtype=torch.float64)
+    return base**exponent
+
+
 _TABLE: dict[Any, Callable[..., Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
-    sympy.Pow: operator.pow,
+    sympy.Pow: _power,
     NEGATE: operator.neg,
     DIVIDE: operator.truediv,
     FloorDiv: operator.floordiv,

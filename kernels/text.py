@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -51,7 +52,8 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
     def _print_Relational(self, value: Any) -> str:
         if isinstance(value, (sympy.Eq, sympy.Ne)):
-            return f"{type(value).__name__[:2]}({self._print(value.lhs)}, {self._print(value.rhs)})"
+            name = "Eq" if isinstance(value, sympy.Eq) else "Ne"
+            return f"{name}({self._print(value.lhs)}, {self._print(value.rhs)})"
         return f"{self._print(value.lhs)} {value.rel_op} {self._print(value.rhs)}"
 
 
@@ -76,12 +78,12 @@ def parse(source: str) -> Attention:
         if name not in _DEFAULTS:
             raise ValueError(f"an attention has no {name!r}: {first!r}")
         given[name] = _value(name, value)
-    reads = []
-    for line in rest:
+    reads: list[Read] = []
+    for line in sorted(rest, key=lambda line: not line.startswith("read ")):  # expressions need their types
         if match := re.fullmatch(r"read (\w+): (\w+)\[([bhij, ]*)\]", line):
             reads.append(Read(match[1], getattr(torch, match[2]), match[3].replace(", ", "")))
         elif match := re.fullmatch(r"(score|support) = (.*)", line):
-            given[match[1]] = parse_expression(match[2])
+            given[match[1]] = parse_expression(match[2], reads)
         else:
             raise ValueError(f"not understood: {line!r}")
     return Attention(**given, reads=tuple(reads))
@@ -114,8 +116,8 @@ _BINARY: dict[type, Any] = {
 _COMPARE = {ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Gt: sympy.Gt, ast.GtE: sympy.Ge}
 
 
-def parse_expression(source: str) -> Any:
-    """An expression over ``score b h i j`` and reads.
+def parse_expression(source: str, reads: Sequence[Read] = ()) -> Any:
+    """An expression over ``score b h i j`` and reads; what is not listed in ``reads`` is a read of real numbers.
 
     Raises:
         ValueError: something else than sums, products, comparisons and the functions that the compiler prints.
@@ -124,10 +126,15 @@ def parse_expression(source: str) -> Any:
         tree = ast.parse(source, mode="eval")
     except SyntaxError as error:
         raise ValueError(f"not an expression: {source!r}") from error
-    return _made(tree.body, source)
+    whole = {read.name for read in reads if not read.dtype.is_floating_point}
+    return _made(tree.body, source, whole)
 
 
-def _made(node: ast.AST, source: str) -> Any:
+def _function(name: str, whole: bool) -> Any:
+    return sympy.Function(name, integer=True) if whole else sympy.Function(name, real=True)
+
+
+def _made(node: ast.AST, source: str, whole: Collection[str]) -> Any:
     match node:
         case ast.Constant(value=bool() as value):
             return sympy.true if value else sympy.false
@@ -136,16 +143,16 @@ def _made(node: ast.AST, source: str) -> Any:
         case ast.Name(id=name) if name in _NAMES:
             return _NAMES[name]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _BINARY[type(op)](_made(left, source), _made(right, source))
+            return _BINARY[type(op)](_made(left, source, whole), _made(right, source, whole))
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return -_made(inner, source)
+            return -_made(inner, source, whole)
         case ast.UnaryOp(op=ast.Invert(), operand=inner):
-            return sympy.Not(_made(inner, source))
+            return sympy.Not(_made(inner, source, whole))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            return _COMPARE[type(op)](_made(left, source), _made(right, source))
+            return _COMPARE[type(op)](_made(left, source, whole), _made(right, source, whole))
         case ast.Tuple(elts=elements):
-            return tuple(_made(element, source) for element in elements)
+            return tuple(_made(element, source, whole) for element in elements)
         case ast.Call(func=ast.Name(id=name), args=args):
-            made = [_made(arg, source) for arg in args]
-            return _CALLS[name](*made) if name in _CALLS else sympy.Function(name, real=True)(*made)
+            made = [_made(arg, source, whole) for arg in args]
+            return _CALLS[name](*made) if name in _CALLS else _function(name, name in whole)(*made)
     raise ValueError(f"not understood: {ast.unparse(node)!r} in {source!r}")

@@ -61,6 +61,9 @@ def _parser() -> Parser:
     dump = _add_target_command(commands, "dump", "print the graph before and after", _dump)
     stages = ["captured", "facts", "plan", "incremental"]
     dump.add_argument("--stage", choices=stages, default="incremental", help="default: incremental, beside captured")
+    dump.add_argument(
+        "--kernels", dest="stage", action="store_const", const="kernels", help="the generated kernels, not a graph"
+    )
     dump.add_argument("--format", choices=["text", "dot", "svg", "json"], default="text")
     dump.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
     return parser

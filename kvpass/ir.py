@@ -10,7 +10,7 @@ rows, ``P`` cached rows, ``N = S - P`` new rows, ``D`` head size.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -138,6 +138,40 @@ class Attention:
 
 SCORE = sympy.Symbol("score", real=True)
 B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pool ``[*before, pages, page_size, *after]`` holds the keys or the values of an attention.
+
+    Attributes:
+        before: how many axes stand before the pages.
+        outside: the heads stand before the pages; else behind them, inside of a row.
+        factor: from head to head: in steps of the innermost axis before the pages, or in elements of a row.
+    """
+
+    before: int
+    outside: bool
+    factor: int
+
+
+class Lowering(Protocol):
+    """What makes a kernel of an attention; `kvpass.lowering` has one for each kind of device."""
+
+    def __call__(
+        self, spec: Attention, device: torch.device, key: Layout | None, value: Layout | None
+    ) -> Callable[..., torch.Tensor] | None:
+        """The kernel, or None where this shape is left to the reference.
+
+        Args:
+            key, value: the layouts of pools; None where the rows are one tensor ``[B, K, S, D]``.
+
+        Returns:
+            ``kernel(query, key, value, start, rows, reads)``: ``query`` is ``[B, H, N, D]``, ``key`` and ``value`` are
+            ``(pool, table, run)`` or ``(tensor,)``, ``rows`` says how many keys there are and ``reads`` lists the
+            tensors of ``spec.reads``. Its attribute ``lowering`` is a name for people, ``source`` the generated text.
+        """
+        ...
 
 
 class KernelOps(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import sympy
 
@@ -43,7 +44,7 @@ def ranges(support: sympy.Basic) -> tuple[Range, ...]:
     disjuncts = sympy.Or.make_args(support)
     if not any(d.has(sympy.Or) for d in disjuncts):
         found = sorted((_range(d) for d in disjuncts), key=lambda r: (r.low != 0, sympy.default_sort_key(r.low)))
-        if len(found) <= _MOST_RANGES and all(_before(a.low, b.low) for a, b in zip(found, found[1:], strict=False)):
+        if len(found) <= _MOST_RANGES and all(_before(a.low, b.low) for a, b in pairwise(found)):
             return tuple(found)
     bounded = [_range(d) for d in _conjunctions(support)]
     low = sympy.Min(*(r.low for r in bounded))

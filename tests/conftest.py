@@ -1,8 +1,11 @@
 """What every test needs: one thread, since the models are tiny and several test processes share the cores."""
 
+import os
+
 import pytest
 import torch
 
+os.environ.setdefault("KVPASS_CXXFLAGS", "-O1")  # hundreds of kernels that run for microseconds
 torch.set_num_threads(1)
 
 

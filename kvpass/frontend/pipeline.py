@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvpass.analysis.sweep import analyze
 from kvpass.ir import Captured
 from kvpass.kernels import ops
+from kvpass.lowering.choose import lower
 from kvpass.transforms.normalise import normalise
 from kvpass.transforms.plan import plan
 from kvpass.transforms.recognise import recognise
@@ -21,4 +22,4 @@ def incrementalise(captured: Captured) -> Incremental:
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
-    return rewrite(cut, ops, attentions)  # rebuild from the outputs by demand
+    return rewrite(cut, ops, attentions, lower)  # rebuild from the outputs by demand

@@ -13,6 +13,7 @@ from typing import Any
 from kvpass.errors import InputError
 from kvpass.report.dot import dot
 from kvpass.report.files import deliver
+from kvpass.report.gather import kernels_of
 from kvpass.report.machine import SCHEMA, captured_data, facts_data, incremental_data, plan_data
 from kvpass.report.partial import facts_of
 from kvpass.report.parts import Record, incremental_of
@@ -91,9 +92,11 @@ def dumped(records: Sequence[Record], stage: str, form: str, look: Look) -> str:
     Raises:
         InputError: there is no such stage or format, or nothing of the stage to draw.
     """
-    for given, known, what in ((stage, STAGES, "stage"), (form, FORMATS, "format")):
+    for given, known, what in ((stage, (*STAGES, "kernels"), "stage"), (form, FORMATS, "format")):
         if given not in known:
             raise InputError(f"there is no {what} {given!r}; there are {', '.join(known)}")
+    if stage == "kernels":
+        return _kernels(records, form)
     if form == "text":
         parts = [_text(record, stage, look) for record in records]
         return "\n\n".join(parts) or "nothing was compiled"
@@ -105,6 +108,24 @@ def dumped(records: Sequence[Record], stage: str, form: str, look: Look) -> str:
         why = "; ".join(refusal.message for refusal in Report.of(records).refusals) or "nothing was compiled"
         raise InputError(f"there is no {stage} graph to draw: {why}")
     return {"dot": dot, "svg": svg}[form](pictures)
+
+
+def _kernels(records: Sequence[Record], form: str) -> str:
+    """The generated kernels, each of them once.
+
+    Raises:
+        InputError: nothing was proven, or a format that draws.
+    """
+    if form not in ("text", "json"):
+        raise InputError(f"kernels are text: there is no {form} of them")
+    incrementals = [incremental for record in records if (incremental := incremental_of(record)) is not None]
+    if not incrementals:
+        raise InputError(f"there are no kernels: {'; '.join(r.message for r in Report.of(records).refusals)}")
+    found = {name: source for incremental in incrementals for name, source in kernels_of(incremental).items()}
+    if form == "json":
+        kernels = [{"lowering": name, "source": source} for name, source in found.items()]
+        return json.dumps({"schema": SCHEMA, "stage": "kernels", "kernels": kernels}, indent=1)
+    return "\n".join(found.values()) or "no attention was recognised"
 
 
 def _text(record: Record, stage: str, look: Look) -> str:

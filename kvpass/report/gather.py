@@ -12,6 +12,7 @@ from kvpass import errors
 from kvpass.analysis.facts import Fact, Kind, index
 from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.ir import SCORE, Attention, Captured, I, Input, J, Role
+from kvpass.kernels.text import text
 from kvpass.report.formula import Leaf, Leaves, causality, formula
 from kvpass.report.names import Sizes, display_names, growing, leaves, letters, short
 from kvpass.report.parts import (
@@ -125,6 +126,18 @@ def lowerings(incremental: Incremental) -> dict[str, str]:
         static = getattr(node.target, "static", None)
         if static and isinstance(static[0], Attention):
             out[incremental.origin.get(node.name, "")] = str(getattr(node.target, "lowering", "reference"))
+    return out
+
+
+def kernels_of(incremental: Incremental) -> dict[str, str]:
+    """By the name of what computes them, the text of each distinct attention: its source, or what is to be computed."""
+    out = {}
+    for node in incremental.module.graph.nodes:
+        static = getattr(node.target, "static", None)
+        if static and isinstance(static[0], Attention):
+            source = getattr(node.target, "source", None)
+            said = text(static[0])
+            out[str(getattr(node.target, "lowering", said))] = source or f"{said}  (computed by the reference)\n"
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.facts import Fact, Kind
-from kvpass.ir import H
+from kvpass.ir import H, Layout
 from kvpass.transforms.plan import NEW, Demand, canonical
 from kvpass.transforms.sides import Load, Recognised, Side
 
@@ -23,16 +23,81 @@ aten = torch.ops.aten
 def emit_attention(b: Builder, match: Recognised) -> fx.Node:
     """Queries of the new rows against all keys and values: ``[B, H, N, D]`` against ``[B, K, S, D]``."""
     query = _canonical(b, match.query, NEW)
+    # Queries of the context have no first new row, and depend on nothing that grows.
+    rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]
+    start = b.start if any(atom.kind is Kind.SEQ for atom in rows) else 0
+    made = _lowered(b, match, query, start)
+    return _restored(b, match.result, _referred(b, match, query, start) if made is None else made)
+
+
+def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node | None:
+    """By a generated kernel, on the pages as they are."""
+    key, value = pool_layout(b, match.key), pool_layout(b, match.value)
+    kernel = b.lower(match.spec, match.out.meta["val"].device, key, value)
+    if kernel is None:
+        return None
+    keys = _rows(b, match.key, key)
+    reads = [_load(b, load, read.axes) for load, read in zip(match.loads, match.spec.reads, strict=True)]
+    count = _lengths(b, b.analyzed.fact(match.key.node), _all(b, match.key), match.key.row)
+    return b.call(kernel, query, keys, _rows(b, match.value, value), start, count, reads)
+
+
+def _rows(b: Builder, side: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
+    """The pool, its table and its run, or one tensor ``[B, K, S, D]``."""
+    slot = b.plan.slot_of(side.node)
+    if layout is None or slot is None:
+        return (_canonical(b, side, _all(b, side)),)
+    pool, (_, table, run, _) = b.pool(slot), b.slot_inputs[slot.name]
+    return pool, table, run
+
+
+def pool_layout(b: Builder, side: Side) -> Layout | None:
+    """Where the heads of a stored value stand in its pool; None where it is not stored, or not head by head."""
+    slot = b.plan.slot_of(side.node)
+    if slot is None or not _all(b, side):
+        return None
+    fact = b.analyzed.fact(slot.node)
+    dims = [d for d in range(len(fact.dims)) if d not in (slot.row, slot.batch)]
+    outside = _strides(fact, [k for d in dims if d < slot.row for k in fact.flat(d)])
+    inside = _strides(fact, [k for d in dims if d > slot.row for k in fact.flat(d)])
+    heads = [k for k in side.heads if fact.atoms[k].size != 1]
+    depth = [k for k in side.depth if fact.atoms[k].size != 1]
+    if {*heads, *depth} != {*outside, *inside} or not _dense(fact, inside, depth, 1):
+        return None
+    where = outside if heads and heads[-1] in outside else inside
+    factor = where[heads[-1]] if heads else 0
+    if not _dense(fact, where, heads, factor):
+        return None
+    return Layout(len(slot.before), where is outside and bool(heads), factor)
+
+
+def _strides(fact: Fact, atoms: list[int]) -> dict[int, int]:
+    """The stride of each atom where they stand in this order; atoms of size one have none."""
+    out, stride = {}, 1
+    for k in reversed(atoms):
+        if fact.atoms[k].size != 1:
+            out[k] = stride
+            stride *= int(fact.atoms[k].size)
+    return out
+
+
+def _dense(fact: Fact, strides: dict[int, int], atoms: list[int], first: int) -> bool:
+    """True where the atoms, in this order, count through entries that are ``first`` apart."""
+    for k in reversed(atoms):
+        if strides.get(k) != first:
+            return False
+        first *= int(fact.atoms[k].size)
+    return True
+
+
+def _referred(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node:
+    """By the reference, on keys and values that are gathered from the pages."""
     key = _canonical(b, match.key, _all(b, match.key))
     value = _canonical(b, match.value, _all(b, match.value))
     mask = _visible(b, match)
     inside = [load for load in match.loads if load.axes]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
-    # Queries of the context have no first new row, and depend on nothing that grows.
-    rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]
-    start = b.start if any(atom.kind is Kind.SEQ for atom in rows) else 0
-    made = b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
-    return _restored(b, match.result, made)
+    return b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
 
 
 def _visible(b: Builder, match: Recognised) -> fx.Node | None:
@@ -103,8 +168,11 @@ def _restored(b: Builder, side: Side, made: fx.Node) -> fx.Node:
     return b.call(aten.reshape.default, made, b.sizes(fact, NEW))
 
 
-def _load(b: Builder, load: Load) -> fx.Node:
-    """A tensor of the score, broadcastable to ``[B, H, N, S]``; a leaf of the support, as it is, over all rows."""
+def _load(b: Builder, load: Load, axes: str = "bhij") -> fx.Node:
+    """A tensor of the score, broadcastable to ``[B, H, N, S]``; a leaf of the support, as it is, over all rows.
+
+    ``axes``: those of a tensor of the score that are kept; the others have size one.
+    """
     fact = b.analyzed.fact(load.node)
     if not load.axes:
         demand = frozenset(fact.wide)
@@ -120,4 +188,4 @@ def _load(b: Builder, load: Load) -> fx.Node:
     if placed != order:
         built = b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in placed])
         built = b.call(aten.permute.default, built, [placed.index(k) for k in order])
-    return b.call(aten.reshape.default, built, [_lengths(b, fact, demand, sizes[letter]) for letter in "bhij"])
+    return b.call(aten.reshape.default, built, [_lengths(b, fact, demand, sizes[letter]) for letter in axes])

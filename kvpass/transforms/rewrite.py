@@ -20,7 +20,7 @@ from torch.utils._sympy import functions as torch_sympy
 from kvpass import errors
 from kvpass.analysis.facts import Atom, Fact, Kind
 from kvpass.analysis.sweep import Analyzed, source_of, sym
-from kvpass.ir import KernelOps, Role
+from kvpass.ir import KernelOps, Lowering, Role
 from kvpass.transforms.attend import emit_attention
 from kvpass.transforms.emit import SPECIAL, Context, plain
 from kvpass.transforms.plan import HEAVY, NEW, Demand, Plan, Slot, canonical, demand_of_operand
@@ -45,24 +45,32 @@ class Incremental:
     origin: dict[str, str] = field(default_factory=dict)
 
 
-def rewrite(plan: Plan, kernels: KernelOps, attentions: Mapping[fx.Node, Recognised] | None = None) -> Incremental:
+def rewrite(
+    plan: Plan,
+    kernels: KernelOps,
+    attentions: Mapping[fx.Node, Recognised] | None = None,
+    lower: Lowering = lambda *_: None,
+) -> Incremental:
     """Build the incremental graph of a plan.
 
     Args:
         kernels: what reads and writes pools and computes attention.
         attentions: by the value that holds its result, each attention that was recognised.
+        lower: what makes a kernel of an attention; without it the reference computes them all.
 
     Raises:
         NotIncremental: an op cannot be computed for the new rows alone.
     """
-    return Builder(plan, kernels, attentions or {}).run()
+    return Builder(plan, kernels, attentions or {}, lower).run()
 
 
 class Builder:
     """State of one rewrite: the new graph and what has been built in it."""
 
-    def __init__(self, plan: Plan, kernels: KernelOps, attentions: Mapping[fx.Node, Recognised]) -> None:
-        self.plan, self.kernels, self.attentions = plan, kernels, attentions
+    def __init__(
+        self, plan: Plan, kernels: KernelOps, attentions: Mapping[fx.Node, Recognised], lower: Lowering
+    ) -> None:
+        self.plan, self.kernels, self.attentions, self.lower = plan, kernels, attentions, lower
         self.analyzed: Analyzed = plan.analyzed
         self.captured = plan.analyzed.captured
         self.graph = fx.Graph()

@@ -205,7 +205,8 @@ class Parts:
         dtypes = {q.dtype, k.dtype, v.dtype}
         if len(dtypes) != 1 and softmax_dtype is None:
             raise NotRecognised("operands of several dtypes")
-        if support != sympy.true and not (self._all_rows(q, self.query) and self._all_rows(k, self.key)):
+        of_rows = score.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Integer(0)).has(I, J)
+        if (support != sympy.true or of_rows) and not (self._all_rows(q, self.query) and self._all_rows(k, self.key)):
             raise NotRecognised("a mask over something else than all rows of the sequence")  # it speaks of rows
         spec = Attention(
             heads=heads,

@@ -1,15 +1,17 @@
 """Faults planted in the compiler itself: what the oracle, and the check at compile time, have to see."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvpass.frontend import backend
-from kvpass.ir import Captured
+from kvpass.frontend import backend, pipeline
+from kvpass.ir import Attention, Captured, I
 from kvpass.kernels import ops
+from kvpass.lowering import cpu
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.weights import Weights
 from kvpass.transforms.rewrite import Incremental
@@ -19,14 +21,18 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Every query of the incremental graph sees one key more than its mask allows."""
-    right = ops.visible
+    right, kernel = ops.visible, pipeline.lower
 
     def visible(*args: Any) -> Tensor:
         seen = right(*args).clone()
         seen[..., 1:] |= seen[..., :-1].clone()
         return seen
 
+    def lower(spec: Attention, *rest: Any) -> Any:
+        return kernel(replace(spec, support=spec.support.xreplace({I: I + 1})), *rest)
+
     patch.setattr(ops, "visible", visible)
+    patch.setattr(pipeline, "lower", lower)
 
 
 def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -51,12 +57,16 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_page(patch: pytest.MonkeyPatch) -> None:
     """The block table of a text of several pages is read from the second page on."""
-    right = ops.read
+    right, paged = ops.read, cpu.Rows.paged
 
     def read(pool: Tensor, table: Tensor, run: int, *rest: Any) -> Tensor:
         return right(pool, table.roll(1, dims=1), -1, *rest)
 
+    def rows(layout: Any, pool: Tensor, table: Tensor, run: int) -> Any:
+        return paged(layout, pool, table.roll(1, dims=1), -1)
+
     patch.setattr(ops, "read", read)
+    patch.setattr(cpu.Rows, "paged", rows)
 
 
 def wrong_row_in_page(patch: pytest.MonkeyPatch) -> None:

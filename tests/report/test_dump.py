@@ -253,3 +253,16 @@ def test_nothing_to_draw_is_one_sentence(records: Records, capsys: pytest.Captur
 def test_an_unknown_stage_or_format(stage: str, form: str, records: Records) -> None:
     with pytest.raises(InputError, match=r"there is no (stage|format) '(plans|png)'; there are "):
         dumped(records("causal"), stage, form, Look())
+
+
+def test_kernels(records: Records) -> None:
+    """Each kernel once, as it is compiled."""
+    text = dumped(records("causal"), "kernels", "text", Look())
+    assert text.startswith("// attention heads=")
+    assert text.count("// attention heads=") == 1
+    data = json.loads(dumped(records("causal"), "kernels", "json", Look()))
+    assert [kernel["source"] for kernel in data["kernels"]] == [text]
+    with pytest.raises(InputError, match="svg"):
+        dumped(records("causal"), "kernels", "svg", Look())
+    with pytest.raises(InputError, match="no kernels"):
+        dumped(records("static"), "kernels", "text", Look())

@@ -1,0 +1,133 @@
+#: begin about
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+#: end about
+"""Softmax attention of many new rows over cached and new keys, on a GPU.
+
+A program has `BLOCK_M` queries of one key/value head, numbered row by row with the heads of a group side by side
+(``m = n * GROUP + g``), and visits the tiles of `BLOCK_N` keys that `reach` says its rows can see.
+
+Letters: ``B`` sequences, ``H = KV_HEADS * GROUP`` query heads, ``S`` rows, ``P`` cached rows, ``N = S - P`` new rows.
+Keys and values stand in pages: row ``j`` of sequence ``b`` is in page ``table[b, j // PAGE]`` at offset ``j % PAGE``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+#: begin tiles
+from kvpass.kernels.triton.tiles import (
+    BLOCK_N,
+    D_PAD,
+    DV,
+    DV_PAD,
+    GROUP,
+    KEY_HEAD,
+    KV_HEADS,
+    RANGES,
+    VALUE_HEAD,
+    D,
+    absorb,
+    normaliser,
+    reach,
+)
+
+#: end tiles
+
+# fmt: off
+BLOCK_M = tl.constexpr(128)  #= block_m
+WARPS = 8  #= warps
+STAGES = 3  #= stages
+# fmt: on
+
+
+@triton.jit(do_not_specialize=["start", "rows"])
+def prefill(
+    query, keys, values, key_table, value_table, out, reads, start, rows,
+    q_batch, q_head, q_row, k_head, v_head, key_row, value_row, o_batch, o_head, o_row, SHARED: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one sequence and one key/value head.
+
+    Args:
+        query: ``[B, H, N, D]``. out: ``[B, H, N, DV]``. The last axis is dense.
+        key_table, value_table: int32 ``[B, pages]``, rows of `key_row` and `value_row`; equal where `SHARED`.
+        reads: of each tensor that scores and masks read the pointer and all strides but the last.
+    """
+    # The last blocks see the most keys: they come first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, b = tl.program_id(1), tl.program_id(2)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = m < (rows - start) * GROUP
+    n = tl.minimum(m // GROUP, rows - start - 1)
+    h, i = head * GROUP + m % GROUP, start + n
+    d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    i0 = start + block * BLOCK_M // GROUP
+    i1 = tl.minimum(start + (block * BLOCK_M + BLOCK_M - 1) // GROUP, rows - 1)
+
+    line = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n.to(tl.int64) * q_row
+    q = tl.load(line[:, None] + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+    keys += head.to(tl.int64) * k_head
+    values += head.to(tl.int64) * v_head
+    key_table += b.to(tl.int64) * key_row
+    value_table += b.to(tl.int64) * value_row
+    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    done = 0
+    for RANGE in tl.static_range(RANGES):
+        low, high, clear_low, clear_high = reach(RANGE, i0, i1, rows)
+        first = tl.maximum(low // BLOCK_N, done)
+        last = tl.maximum(tl.cdiv(tl.minimum(high, rows), BLOCK_N), first)
+        clear = tl.minimum(tl.maximum(tl.cdiv(clear_low, BLOCK_N), first), last)
+        clear_end = tl.minimum(tl.maximum(tl.minimum(clear_high, rows) // BLOCK_N, clear), last)
+        done = last
+        for tile in range(clear, clear_end):
+            acc, most, total = absorb(
+                acc, most, total, q, keys, values, key_table, value_table, tile,
+                b, h[:, None], i[:, None], start, rows, reads, SHARED, False,
+            )  # fmt: skip
+        # With one stage here, ptxas 13 crashes on some masks for sm_90.
+        for edge in range(0, clear - first + last - clear_end):
+            tile = first + edge + tl.where(edge < clear - first, 0, clear_end - clear)
+            acc, most, total = absorb(
+                acc, most, total, q, keys, values, key_table, value_table, tile,
+                b, h[:, None], i[:, None], start, rows, reads, SHARED, True,
+            )  # fmt: skip
+
+    acc = acc * normaliser(most, total, h, reads)[:, None]
+    line = out + b.to(tl.int64) * o_batch + h.to(tl.int64) * o_head + n.to(tl.int64) * o_row
+    there = here[:, None] & (dv < DV)[None, :]
+    tl.store(line[:, None] + dv[None, :], acc.to(out.dtype.element_ty), mask=there)
+
+
+def attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_table: torch.Tensor,
+    value_table: torch.Tensor,
+    start: int,
+    rows: int,
+    reads: tuple[torch.Tensor, ...] = (),
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of rows ``start .. rows - 1`` over all rows.
+
+    Args:
+        query: ``[B, H, N, D]``. keys, values: pools, as the constants above say.
+        key_table, value_table: int32 ``[B, pages]``; the same tensor where keys and values share their pages.
+        reads: what scores and masks read, in the order of the attention's reads; the last axis is dense.
+        out: ``[B, H, N, DV]``, made here if it is not given.
+    """
+    batch, heads, new, _ = query.shape
+    if out is None:
+        out = query.new_empty(batch, heads, new, DV.value)
+    loads = tuple((read, *read.stride()[:-1]) for read in reads)
+    prefill[(triton.cdiv(new * GROUP.value, BLOCK_M.value), KV_HEADS.value, batch)](
+        query, keys, values, key_table, value_table, out, loads, start, rows, *query.stride()[:3],
+        keys.stride(0) if KEY_HEAD is None else KEY_HEAD,
+        values.stride(0) if VALUE_HEAD is None else VALUE_HEAD,
+        key_table.stride(0), value_table.stride(0), *out.stride()[:3],
+        SHARED=key_table is value_table, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out

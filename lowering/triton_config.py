@@ -1,0 +1,131 @@
+"""Which blocks, warps and stages a Triton kernel gets, by architecture. Nothing is measured at run time.
+
+What a table says was compiled offline for each family of tensor cores with the widest heads of its line: no register
+spills. What exceeds the shared memory of an architecture is passed over, because Triton itself does not look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvpass.ir import Attention, Step
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut up.
+
+    Attributes:
+        block_m: the most packed queries of a tile; a decode kernel takes the power of two that its rows need.
+        block_n: keys of a tile.
+        warps, stages: of Triton.
+        programs: decode splits the keys until there are this many programs.
+        least_tiles: of a split: below that the second kernel costs more than it gives.
+        most_splits: bounds the memory of the parts.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int = 0
+    least_tiles: int = 4
+    most_splits: int = 128
+
+
+# By the padded size of keys and values together, up to which an entry holds; entries in order of preference.
+Table = tuple[tuple[int, Config], ...]
+DECODE: Table = (
+    (512, Config(32, 64, 4, 3)),
+    (512, Config(32, 32, 4, 2)),
+    (1024, Config(16, 32, 4, 3)),
+    (1024, Config(16, 16, 4, 1)),
+)
+PREFILL: Table = (
+    (128, Config(128, 64, 8, 3)),
+    (256, Config(64, 64, 8, 3)),
+    (384, Config(64, 32, 4, 2)),
+    (512, Config(64, 32, 8, 2)),
+    (512, Config(32, 32, 4, 2)),
+    (1024, Config(32, 32, 8, 2)),
+    (1024, Config(16, 16, 4, 1)),
+)
+PREFILL_BY_GROUPS: Table = (
+    (384, Config(128, 64, 8, 3)),
+    (512, Config(128, 32, 8, 3)),
+    *PREFILL[-2:],
+)
+# Products of fp32 are no work for tensor cores: a thread holds what it multiplies.
+FP32: Table = ((1024, Config(16, 16, 4, 1)),)
+# Half a tile less: with 64 keys ptxas keeps within 128 registers and spills.
+PREFILL_SM100: Table = ((128, Config(128, 32, 8, 3)), *PREFILL_BY_GROUPS)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the choice depends on.
+
+    Attributes:
+        shared: bytes of shared memory that one block can have.
+        processors: multiprocessors of the usual chip.
+        prefill: configurations.
+        by_groups: tensor cores take 64 rows from a group of four warps (wgmma, tcgen05), and tiles from shared memory.
+    """
+
+    shared: int
+    processors: int
+    prefill: Table = PREFILL
+    by_groups: bool = False
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(163 << 10, 108),
+    "sm_89": Architecture(99 << 10, 128),
+    "sm_90": Architecture(227 << 10, 132, PREFILL_BY_GROUPS, by_groups=True),
+    "sm_100": Architecture(227 << 10, 148, PREFILL_SM100, by_groups=True),
+    "sm_120": Architecture(99 << 10, 170),
+    "gfx942": Architecture(64 << 10, 304),
+}
+
+
+def config(spec: Attention, arch: str) -> Config:
+    """The configuration of a kernel.
+
+    Raises:
+        NotImplementedError: an architecture that is not in the table, or heads that fit none of its entries.
+    """
+    if arch not in ARCHITECTURES:
+        raise NotImplementedError(f"the architecture {arch}; there are {', '.join(ARCHITECTURES)}")
+    machine = ARCHITECTURES[arch]
+    for widest, found in table(spec, machine):
+        if both(spec) <= widest and shared_memory(spec, found, machine) <= machine.shared:
+            return replace(found, programs=4 * machine.processors)
+    raise NotImplementedError(f"heads of {spec.head_size} and {spec.value_size} on {arch}")
+
+
+def table(spec: Attention, machine: Architecture) -> Table:
+    """The configurations that come into question."""
+    if spec.dtype is torch.float32:
+        return FP32
+    return DECODE if spec.step is Step.DECODE else machine.prefill
+
+
+def shared_memory(spec: Attention, found: Config, machine: Architecture) -> int:
+    """An upper bound of a kernel's shared memory, in bytes: tiles on their way, queries and their weights, and a
+    little for what warps exchange."""
+    tile = found.block_n * both(spec)
+    tiles = 2 if machine.by_groups and found.block_m >= 64 else max(1, found.stages - 2)
+    queries = found.block_m * (max(padded(spec.head_size), padded(spec.value_size)) + found.block_n)
+    return (tiles * tile + queries) * spec.dtype.itemsize + 1024
+
+
+def both(spec: Attention) -> int:
+    """Padded entries of a key and a value."""
+    return padded(spec.head_size) + padded(spec.value_size)
+
+
+def padded(size: int) -> int:
+    """A head size as tensor cores take it: a power of two from 16 up."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,34 @@
+"""What a graph on a GPU calls, by Triton's interpreter: in a process of its own, which has no other Triton."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import torch
+from kvpass.ir import Layout
+from kvpass.lowering import gpu
+from tests.lowering.cases import POOL, Inputs, Shape, assert_as_good_as_plain, attention
+
+inside = Layout(before=0, outside=False, factor=32)
+for mask, new, cached, page_size in (("window", 1, 70, 16), ("padding", 3, 40, 16), ("causal", 40, 17, 32)):
+    spec = attention(4, 2, 32, mask=mask)
+    inputs = Inputs(spec, Shape(new=new, cached=cached, page_size=page_size))
+    (keys, key_table), (values, value_table) = inputs.pages(inputs.key), inputs.pages(inputs.value)
+    rows = inputs.shape.rows
+    by_head = gpu.lower(spec, POOL, POOL, "sm_90")
+    found = by_head(inputs.query, (keys, key_table, -1), (values, value_table, -1), cached, rows, inputs.reads)
+    assert_as_good_as_plain(found, inputs)
+    by_row = gpu.lower(spec, inside, POOL, "sm_90")
+    turned = keys.permute(1, 2, 0, 3).contiguous()
+    found = by_row(inputs.query, (turned, key_table, -1), (values, value_table, -1), cached, rows, inputs.reads)
+    assert_as_good_as_plain(found, inputs)
+    assert found.transpose(1, 2).is_contiguous()
+print("same")
+"""
+
+
+def test_a_graph_on_a_gpu() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "same\n", done.stderr[-3000:]
