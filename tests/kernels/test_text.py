@@ -67,7 +67,14 @@ def test_numbers_to_the_last_bit(number: float) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["score = import os", "score = score if i else j", "score = x", "read bias: float32[q]", "nonsense", "score = score;"],
+    [
+        "score = import os",
+        "score = score if i else j",
+        "score = x",
+        "read bias: float32[q]",
+        "nonsense",
+        "score = score;",
+    ],
 )
 def test_what_is_not_understood_is_quoted(line: str) -> None:
     with pytest.raises(ValueError, match="not"):

@@ -61,7 +61,8 @@ def test_a_damaged_entry_is_built_again(damage: bytes) -> None:
 def test_many_processes_at_once(folder: Path) -> None:
     program = f"from kvpass.lowering import build; print(build.load({SOURCE!r}).answer())"
     started = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=dict(os.environ)) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=dict(os.environ))
+        for _ in range(4)
     ]
     assert [process.communicate()[0].strip() for process in started] == [b"42"] * 4
     assert len(list(folder.rglob("*.so"))) == 1
