@@ -79,9 +79,10 @@ def openmp() -> tuple[str, ...]:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return ()
-    found = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    loaded = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    found = sorted(loaded, key=lambda path: "torch" not in path)
     gnu = "g++" in os.path.basename(compiler()) or "GCC" in _compiler_version(compiler())
-    return ("-fopenmp", min(found)) if found and gnu else ()
+    return ("-fopenmp", found[0]) if found and gnu else ()
 
 
 def shared_library(source: str, flags: tuple[str, ...] = ()) -> Path:

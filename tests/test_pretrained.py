@@ -83,6 +83,11 @@ def test_greedy_is_the_loop_without_a_cache(pretrained: Pretrained) -> None:
     assert stats.rows_computed <= ids.shape[1] + TOKENS + 1
     assert stats.rows_reused >= TOKENS * (TOKENS - 1) // 2
 
+    entry = pretrained.model.get_input_embeddings().weight.data[ids[0, 1], :1]
+    entry += 1  # moves no version counter
+    compare(fast(ids, use_cache=False, logits_to_keep=1).logits, pretrained.model(ids, use_cache=False).logits[:, -1:])
+    entry -= 1
+
 
 @torch.no_grad()
 def test_left_padded_batch(pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
