@@ -83,7 +83,8 @@ def attention(
     Returns:
         ``[B, H, N, Dv]`` in ``spec.dtype``.
     """
-    if spec.score == SCORE and not spec.empty_is_nan and spec.sink is None:
+    one_dtype = query.dtype == key.dtype == value.dtype
+    if spec.score == SCORE and not spec.empty_is_nan and spec.sink is None and one_dtype:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -96,10 +97,11 @@ def attention(
         grid = _grid(start, start + new, query.device, spec.heads, ()) | {
             B: torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1),
             J: torch.arange(key.shape[2], device=query.device).view(1, 1, 1, -1),
-            SCORE: scores,
         }
-        leaves = dict(zip(names, loads, strict=True))
-        scores = evaluate(spec.score, grid, {k: _Broadcast(v) for k, v in leaves.items()})
+        # In float64, so that a function of indices is as exact as the rest.
+        symbols: dict[sympy.Basic, Tensor] = {symbol: x.double() for symbol, x in grid.items()}
+        leaves = {name: _Broadcast(load) for name, load in zip(names, loads, strict=True)}
+        scores = evaluate(spec.score, symbols | {SCORE: scores}, leaves).to(scores.dtype)
     if spec.softmax_dtype is not None:
         scores = scores.to(spec.softmax_dtype)
     if mask is not None:

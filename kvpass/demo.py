@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import time
@@ -60,16 +61,21 @@ def plain(model: Callable[..., Any], kwargs: dict[str, object]) -> Forward:
 
 def dynamic_cache(model: nn.Module) -> Forward:
     """The model with Hugging Face's DynamicCache, fed with the ids that it has not seen; for one growing text."""
-    past = import_transformers().DynamicCache(config=model.config)
+    past = {_cache_name(model): import_transformers().DynamicCache(config=model.config)}
     seen = 0
 
     def forward(ids: Tensor) -> Tensor:
         nonlocal seen
-        logits: Tensor = model(ids[:, seen:], past_key_values=past, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(ids[:, seen:], use_cache=True, logits_to_keep=1, **past).logits
         seen = ids.shape[1]
         return logits
 
     return forward
+
+
+def _cache_name(model: nn.Module) -> str:
+    """The argument for a cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def take_turns(tracks: Sequence[Track], prompt: Tensor, count: int) -> Iterator[int]:

@@ -35,9 +35,11 @@ class Rows(NamedTuple):
     first: int = 0
     """Bytes from the beginning of ``tensor`` to row 0."""
 
-    @property
-    def pointer(self) -> int:
-        return self.tensor.data_ptr() + self.first
+    def words(self) -> tuple[int, ...]:
+        """As the kernel's ``Pool`` has them."""
+        table, pages = (0, 0) if self.table is None else (self.table.data_ptr(), self.table.stride(0))
+        pointer = self.tensor.data_ptr() + self.first
+        return pointer, table, self.batch, self.head, self.page, self.row, pages, self.page_size
 
     @classmethod
     def dense(cls, x: Tensor) -> Rows:
@@ -65,10 +67,11 @@ class Kernel:
     """
 
     def __init__(self, spec: Attention) -> None:
-        self.spec = spec
-        library = build.load(cpp.source(spec))
+        self.spec, self.source = spec, cpp.source(spec)
+        library = build.load(self.source)
         self._decode, self._prefill = library.kvpass_decode, library.kvpass_prefill
-        self._pack = struct.Struct(f"@{29 + 5 * max(1, len(spec.reads))}q").pack
+        self._pack = struct.Struct(f"@{14 + 2 * 8 + 5 * max(1, len(spec.reads))}q").pack
+        self._tiles: dict[int, int] = {}
 
     def __call__(
         self, query: Tensor, key: Rows, value: Rows, start: int, rows: int, reads: Sequence[Tensor] = ()
@@ -96,22 +99,21 @@ class Kernel:
         )
         tensors = [read if read.is_contiguous() else read.contiguous() for read in reads]
         words = [word for read in tensors for word in _words(read)] or _NOTHING
-        page = math.gcd(key.page_size, value.page_size)
-        q, o = query.stride(), out.stride()
+        tile = self._tile(math.gcd(key.page_size, value.page_size))
         block = self._pack(
-            query.data_ptr(), key.pointer, value.pointer, out.data_ptr(),
-            0 if key.table is None else key.table.data_ptr(), 0 if value.table is None else value.table.data_ptr(),
-            batch, new, start, rows, torch.get_num_threads(), page, _tile(self.spec, page),
-            q[0], q[1], q[2],
-            key.batch, key.head, key.page, key.row, 0 if key.table is None else key.table.stride(0),
-            value.batch, value.head, value.page, value.row, 0 if value.table is None else value.table.stride(0),
-            o[0], o[1], o[2],
-            *words,
+            query.data_ptr(), out.data_ptr(), batch, new, start, rows, torch.get_num_threads(), tile,
+            *query.stride()[:3], *out.stride()[:3], *key.words(), *value.words(), *words,
         )  # fmt: skip
         call = self._decode if new * spec.group <= MOST_DECODED else self._prefill
         if call(block):
             raise MemoryError("no memory for the scratch of an attention")
         return out
+
+    def _tile(self, page: int) -> int:
+        """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
+        if page not in self._tiles:
+            self._tiles[page] = max(size for size in range(1, cpp.tile(self.spec) + 1) if page % size == 0)
+        return self._tiles[page]
 
 
 _NOTHING = [0, 0, 0, 0, 0]
@@ -120,13 +122,6 @@ _NOTHING = [0, 0, 0, 0, 0]
 def _words(read: Tensor) -> list[int]:
     strides = list(read.stride())
     return [read.data_ptr(), *strides, *[0] * (4 - len(strides))]
-
-
-@functools.lru_cache(maxsize=1024)
-def _tile(spec: Attention, page: int) -> int:
-    """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
-    most = cpp.tile(spec)
-    return max(size for size in range(1, most + 1) if page % size == 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -155,8 +150,8 @@ def lower(spec: Attention, key: Layout | None, value: Layout | None) -> Callable
         return made(query, _rows(key, key_rows), _rows(value, value_rows), start, rows, reads)
 
     attention.static = (spec,)  # type: ignore[attr-defined]
-    attention.source = cpp.source(spec)  # type: ignore[attr-defined]
-    attention.lowering = f"C++ {build.name_of(cpp.source(spec))}"  # type: ignore[attr-defined]
+    attention.source = made.source  # type: ignore[attr-defined]
+    attention.lowering = f"C++ {build.name_of(made.source)}"  # type: ignore[attr-defined]
     return attention
 
 

@@ -31,6 +31,11 @@ def module(spec: Attention, arch: str, keys: triton.Strides, values: triton.Stri
     return triton.load(triton.source(spec, arch, keys, values))
 
 
+@functools.lru_cache(maxsize=1024)
+def _shown(spec: Attention, arch: str) -> str:
+    return triton.source(spec, arch)
+
+
 def lower(
     spec: Attention, key: Layout | None, value: Layout | None, arch: str, page_size: int = 64
 ) -> Callable[..., Tensor]:
@@ -44,7 +49,8 @@ def lower(
     """
     if key is None or value is None or {key.before, value.before} - {0, 1} or (key.outside and key.factor != 1):
         raise NotImplementedError("keys or values that are not in pages, head by head")
-    shown = triton.source(replace(spec, page_size=page_size, step=Step.DECODE), arch)
+    shown = _shown(replace(spec, page_size=page_size, step=Step.DECODE), arch)
+    loaded: dict[Any, Any] = {}  # beside `module`, whose key takes longer to hash than a call may take
 
     def attention(
         query: Tensor, keys: Sequence[Any], values: Sequence[Any], start: int, rows: int, reads: Sequence[Tensor]
@@ -53,8 +59,11 @@ def lower(
         new = query.shape[2]
         start = rows - new  # other queries than those of the last rows see every key
         step = Step.DECODE if new * spec.group <= MOST_DECODED else Step.PREFILL
-        sized = replace(spec, page_size=key_pool.shape[key.before + 1], step=step)
-        made = module(sized, arch, _strides(key, key_pool), _strides(value, value_pool))
+        which = step, key_pool.shape[key.before + 1]
+        if which not in loaded:
+            sized = replace(spec, page_size=which[1], step=step)
+            loaded[which] = module(sized, arch, _strides(key, key_pool), _strides(value, value_pool))
+        made = loaded[which]
         query = query if query.stride(3) == 1 else query.contiguous()
         out = query.new_empty(query.shape[0], new, spec.heads, spec.value_size, dtype=spec.dtype).transpose(1, 2)
         dense = tuple(read if read.is_contiguous() else read.contiguous() for read in reads)

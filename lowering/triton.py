@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvpass import kernels
 from kvpass.ir import SCORE, Attention, Step
 from kvpass.kernels.text import text
@@ -21,10 +19,10 @@ from kvpass.lowering.bounds import Range, ranges
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.triton_config import Config, config, padded
 from kvpass.lowering.triton_target import Host, Triton
+from kvpass.lowering.words import refuse
 
 FOLDER = Path(next(iter(kernels.__path__))) / "triton"
 LARGEST_HEAD = 512
-_ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,7 @@ def _check(spec: Attention) -> int:
     """The page size of a spec that can be said in Triton."""
     if spec.step is Step.ANY:
         raise NotImplementedError("a step that is neither decode nor prefill")
-    if spec.dtype not in _ELEMENTS:
-        raise NotImplementedError(f"elements of {spec.dtype}")
-    if spec.softmax_dtype not in (None, torch.float32, spec.dtype):
-        raise NotImplementedError(f"a softmax in {spec.softmax_dtype}")
-    if max(spec.head_size, spec.value_size) > LARGEST_HEAD:
-        raise NotImplementedError(f"heads of {spec.head_size} and {spec.value_size}")
+    refuse(spec, LARGEST_HEAD)
     if spec.page_size is None:
         raise NotImplementedError("keys and values that are not in pages")
     return spec.page_size

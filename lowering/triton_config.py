@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvpass.ir import Attention, Step
+from kvpass.lowering.architectures import ARCHITECTURES, Architecture
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,7 @@ FP32: Table = ((1024, Config(16, 16, 4, 1)),)
 PREFILL_SM100: Table = ((128, Config(128, 32, 8, 3)), *PREFILL_BY_GROUPS)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What the choice depends on.
-
-    Attributes:
-        shared: bytes of shared memory that one block can have.
-        processors: multiprocessors of the usual chip.
-        prefill: configurations.
-        by_groups: tensor cores take 64 rows from a group of four warps (wgmma, tcgen05), and tiles from shared memory.
-    """
-
-    shared: int
-    processors: int
-    prefill: Table = PREFILL
-    by_groups: bool = False
-
-
-ARCHITECTURES = {
-    "sm_80": Architecture(163 << 10, 108),
-    "sm_89": Architecture(99 << 10, 128),
-    "sm_90": Architecture(227 << 10, 132, PREFILL_BY_GROUPS, by_groups=True),
-    "sm_100": Architecture(227 << 10, 148, PREFILL_SM100, by_groups=True),
-    "sm_120": Architecture(99 << 10, 170),
-    "gfx942": Architecture(64 << 10, 304),
-}
+_PREFILL = {"sm_90": PREFILL_BY_GROUPS, "sm_100": PREFILL_SM100}
 
 
 def config(spec: Attention, arch: str) -> Config:
@@ -99,17 +76,17 @@ def config(spec: Attention, arch: str) -> Config:
     if arch not in ARCHITECTURES:
         raise NotImplementedError(f"the architecture {arch}; there are {', '.join(ARCHITECTURES)}")
     machine = ARCHITECTURES[arch]
-    for widest, found in table(spec, machine):
-        if both(spec) <= widest and shared_memory(spec, found, machine) <= machine.shared:
-            return replace(found, programs=4 * machine.processors)
+    for widest, found in table(spec, arch):
+        if both(spec) <= widest and shared_memory(spec, found, machine) <= machine.shared_limit:
+            return replace(found, programs=4 * machine.multiprocessors)
     raise NotImplementedError(f"heads of {spec.head_size} and {spec.value_size} on {arch}")
 
 
-def table(spec: Attention, machine: Architecture) -> Table:
+def table(spec: Attention, arch: str) -> Table:
     """The configurations that come into question."""
     if spec.dtype is torch.float32:
         return FP32
-    return DECODE if spec.step is Step.DECODE else machine.prefill
+    return DECODE if spec.step is Step.DECODE else _PREFILL.get(arch, PREFILL)
 
 
 def shared_memory(spec: Attention, found: Config, machine: Architecture) -> int:

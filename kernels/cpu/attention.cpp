@@ -15,9 +15,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 //: if half
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -73,16 +70,22 @@ struct Read {
 };
 
 // All fields are 8 bytes. Strides count elements; the last axis of queries, keys, values and results has stride one.
+
+// Keys or values: pages of `size` rows, or one table for each sequence and head.
+struct Pool {
+  const void* data;
+  const int32_t* table;  // [batch, pages], or null
+  int64_t batch, head, page, row, pages, size;
+};
+
 struct Call {
-  const void *query, *key, *value;
+  const void* query;
   void* out;
-  const int32_t *key_table, *value_table;  // [batch, pages], or null where the rows are one table
   int64_t batch, count, start, rows, threads;  // queries `start .. start + count - 1` against `rows` keys
-  int64_t page, tile;                          // rows of a page; of a tile, which lies in one page
+  int64_t tile;                                // rows of a tile, which lies in one page of the keys and one of the values
   int64_t q_batch, q_head, q_row;
-  int64_t k_batch, k_head, k_page, k_row, k_pages;
-  int64_t v_batch, v_head, v_page, v_row, v_pages;
   int64_t o_batch, o_head, o_row;
+  Pool keys, values;
   Read reads[READS];
 };
 
@@ -100,7 +103,6 @@ constexpr int D_PAD = CHUNKS * CHUNK, DV_PAD = V_CHUNKS * CHUNK;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef float V8 __attribute__((vector_size(32)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 
 struct Pair {
@@ -336,15 +338,10 @@ struct Rows {
     return base + table[j / size] * page + (j % size) * row;
   }
 };
-inline Rows keys_of(const Call& c, int b, int k) {
-  const Element* base = static_cast<const Element*>(c.key) + k * c.k_head;
-  if (c.key_table == nullptr) return {base + b * c.k_batch, nullptr, 0, c.k_row, 1};
-  return {base, c.key_table + b * c.k_pages, c.k_page, c.k_row, c.page};
-}
-inline Rows values_of(const Call& c, int b, int k) {
-  const Element* base = static_cast<const Element*>(c.value) + k * c.v_head;
-  if (c.value_table == nullptr) return {base + b * c.v_batch, nullptr, 0, c.v_row, 1};
-  return {base, c.value_table + b * c.v_pages, c.v_page, c.v_row, c.page};
+inline Rows rows_of(const Pool& pool, int b, int k) {
+  const Element* base = static_cast<const Element*>(pool.data) + k * pool.head;
+  if (pool.table == nullptr) return {base + b * pool.batch, nullptr, 0, pool.row, 1};
+  return {base, pool.table + b * pool.pages, pool.page, pool.row, pool.size};
 }
 
 // The larger one, or the one that is NaN: a NaN must not be lost.
@@ -454,14 +451,14 @@ inline void products(const float* query, const Element* const* rows, float* s, i
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int c = c0; c < c0 + STEP; ++c) {
-      Pair x = load_chunk<D>(rows[r], c);
+        Pair x = load_chunk<D>(rows[r], c);
 #pragma GCC unroll 4
-      for (int m = 0; m < Q; ++m) {
-        const float* q = query + size_t(m) * D_PAD + c * CHUNK;
-        sum[m * R + r] += load_floats(q) * x.a;
-        sum[m * R + r] += load_floats(q + W) * x.b;
+        for (int m = 0; m < Q; ++m) {
+          const float* q = query + size_t(m) * D_PAD + c * CHUNK;
+          sum[m * R + r] += load_floats(q) * x.a;
+          sum[m * R + r] += load_floats(q + W) * x.b;
+        }
       }
-    }
   }
   V8 all = sums(sum);
 #pragma GCC unroll 8
@@ -535,7 +532,7 @@ inline void weighted(float* out, const float* weight, const Element* value, int6
   for (; c < V_CHUNKS; ++c) values_into<Q, 1>(out, weight, value, row, count, c, ahead);
 }
 
-// Calls `run.template operator()<Q>(m)` for queries in blocks of at most four.
+// Calls `run` with a number and the first query, for blocks of at most four.
 template <class Run>
 inline void in_blocks(int queries, Run run) {
   int m = 0;
@@ -625,46 +622,42 @@ int decode(const Call& call) {
   const int64_t each = most_of<int64_t>(1, list.count), heads = call.batch * KV_HEADS, total = heads * each;
   // Below some 64 KiB of keys and values a second thread costs more than it gives.
   const int64_t bytes = total * tile * (D + DV) * int64_t(sizeof(Element));
-  const int threads = int(most_of<int64_t>(1, least(least(call.threads, total), bytes >> 16)));
-  // Every thread takes an equal share of all tiles of all heads, in order. A head that is cut leaves a part at the end
-  // of one share and one at the beginning of the next.
+  const int shares = int(most_of<int64_t>(1, least(least(call.threads, total), bytes >> 16)));
+  // All tiles of all heads, in order, are cut into equal shares. A head that is cut leaves a part at the end of one
+  // share and one at the beginning of the next.
   const size_t state_floats = (State::floats(queries, DV_PAD) + 15) / 16 * 16;
-  float* parts = shared.get(2 * threads * state_floats);
+  float* parts = shared.get(2 * shares * state_floats);
   int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
-  failed |= guarded([&] {
-#if defined(_OPENMP)
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
-    float* query = mine.get(state_floats + size_t(queries) * (D_PAD + LINE) + 16);
-    float* s = query + size_t(queries) * D_PAD;
-    float* own = query + (size_t(queries) * (D_PAD + LINE) + 15) / 16 * 16;
-    const int64_t from = total * thread / threads, to = total * (thread + 1) / threads;
-    for (int64_t at = from; at < to;) {
-      const int64_t head = at / each, end = least(to, (head + 1) * each);
-      const bool whole = at == head * each && end == (head + 1) * each;
-      const int b = int(head / KV_HEADS), k = int(head % KV_HEADS);
-      float* memory = whole ? own : parts + (2 * thread + (at == head * each)) * state_floats;
-      State state = State::at(memory, queries, DV_PAD);
-      state.clear(queries, DV_PAD);
-      work.load_queries(query, b, k);
-      const Rows keys = keys_of(call, b, k), values = values_of(call, b, k);
-      for (int64_t next; at < end; at = next) {
-        next = least(end, at + SPAN / tile);
-        if (list.count != 0) work.span(state, query, s, keys, values, list.data + (at - head * each), int(next - at), b, k);
+#pragma omp parallel for schedule(static, 1) num_threads(shares) reduction(| : failed) if (shares > 1)
+  for (int share = 0; share < shares; ++share)
+    failed |= guarded([&] {
+      float* query = mine.get(state_floats + size_t(queries) * (D_PAD + LINE) + 16);
+      float* s = query + size_t(queries) * D_PAD;
+      float* own = query + (size_t(queries) * (D_PAD + LINE) + 15) / 16 * 16;
+      const int64_t from = total * share / shares, to = total * (share + 1) / shares;
+      for (int64_t at = from; at < to;) {
+        const int64_t head = at / each, end = least(to, (head + 1) * each);
+        const bool begins = at == head * each, whole = begins && end == (head + 1) * each;
+        const int b = int(head / KV_HEADS), k = int(head % KV_HEADS);
+        State state = State::at(whole ? own : parts + (2 * share + begins) * state_floats, queries, DV_PAD);
+        state.clear(queries, DV_PAD);
+        work.load_queries(query, b, k);
+        const Rows keys = rows_of(call.keys, b, k), values = rows_of(call.values, b, k);
+        for (int64_t next; at < end; at = next) {
+          next = least(end, at + SPAN / tile);
+          if (list.count != 0)
+            work.span(state, query, s, keys, values, list.data + (at - head * each), int(next - at), b, k);
+        }
+        if (whole) work.write(state, b, k);
       }
-      if (whole) work.write(state, b, k);
-    }
-  });
+    });
   if (failed) return 1;
   // Heads that were cut: the first part belongs to the share in which the head begins.
-  for (int thread = 0; thread + 1 < threads; ++thread) {
-    const int64_t to = total * (thread + 1) / threads, head = to / each;
-    if (to % each == 0 || total * thread / threads > head * each) continue;
-    State state = State::at(parts + (2 * thread + 1) * state_floats, queries, DV_PAD);
-    for (int next = thread + 1; next < threads && total * next / threads < (head + 1) * each; ++next)
+  for (int share = 0; share + 1 < shares; ++share) {
+    const int64_t to = total * (share + 1) / shares, head = to / each;
+    if (to % each == 0 || total * share / shares > head * each) continue;
+    State state = State::at(parts + (2 * share + 1) * state_floats, queries, DV_PAD);
+    for (int next = share + 1; next < shares && total * next / shares < (head + 1) * each; ++next)
       merge(state, State::at(parts + 2 * next * state_floats, queries, DV_PAD), queries);
     work.write(state, int(head / KV_HEADS), int(head % KV_HEADS));
   }
@@ -740,7 +733,7 @@ void prefill_block(const Call& call, int b, int k, int first) {
     for (int d = 0; d < D; ++d) query[size_t(m) * D + d] = to_float(line[d]) * SCALE;
   }
   tiles_of(tiles, row, row + count - 1, int(call.rows), BLOCK_KEYS);
-  const Rows keys = keys_of(call, b, k), values = values_of(call, b, k);
+  const Rows keys = rows_of(call.keys, b, k), values = rows_of(call.values, b, k);
   for (int t = 0; t < tiles.count; ++t) {
     const Tile& tile = tiles.data[t];
     pack_keys(packed_keys, keys, tile);

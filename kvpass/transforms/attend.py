@@ -31,8 +31,10 @@ def emit_attention(b: Builder, match: Recognised) -> fx.Node:
 
 
 def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node | None:
-    """By a generated kernel, on the pages as they are."""
-    key, value = pool_layout(b, match.key), pool_layout(b, match.value)
+    """By a generated kernel, on the pages as they are; it takes operands of one dtype."""
+    if any(b.analyzed.fact(side.node).dtype != match.spec.dtype for side in (match.query, match.key, match.value)):
+        return None
+    key, value = _pool_layout(b, match.key), _pool_layout(b, match.value)
     kernel = b.lower(match.spec, match.out.meta["val"].device, key, value)
     if kernel is None:
         return None
@@ -51,7 +53,7 @@ def _rows(b: Builder, side: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
     return pool, table, run
 
 
-def pool_layout(b: Builder, side: Side) -> Layout | None:
+def _pool_layout(b: Builder, side: Side) -> Layout | None:
     """Where the heads of a stored value stand in its pool; None where it is not stored, or not head by head."""
     slot = b.plan.slot_of(side.node)
     if slot is None or not _all(b, side):

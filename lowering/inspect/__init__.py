@@ -3,9 +3,9 @@
 Imports Triton, so nothing that is imported with kvpass may import this.
 """
 
+from kvpass.lowering.architectures import ARCHITECTURES, Architecture, architecture, roofline
 from kvpass.lowering.inspect.compile import Compiled, Source, compile_for
 from kvpass.lowering.inspect.resources import MainLoop, Resources, resources
-from kvpass.lowering.inspect.table import ARCHITECTURES, Architecture, architecture, roofline
 
 __all__ = [
     "ARCHITECTURES",

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from kvpass.lowering.inspect.table import architecture
+from kvpass.lowering.architectures import architecture
 
 Compiled: TypeAlias = CompiledKernel
 ALIGNED = (("tt.divisibility", 16),)

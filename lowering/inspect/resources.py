@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 import triton
 
+from kvpass.lowering.architectures import KIB, Architecture, architecture
 from kvpass.lowering.inspect.compile import Compiled
 from kvpass.lowering.inspect.sass import Instruction, main_loop, parse
-from kvpass.lowering.inspect.table import KIB, Architecture, architecture
 
 Classes = tuple[tuple[str, re.Pattern[str]], ...]
 

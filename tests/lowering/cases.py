@@ -78,6 +78,16 @@ def attention(
     return replace(parse("\n".join(lines)), **more)
 
 
+def scattered(x: Tensor, table: Tensor, pages: int, page_size: int) -> Tensor:
+    """``[B, K, S, D]`` in the pages ``table`` ``[B, pages]`` of a pool ``[K, pages, page_size, D]`` of NaN."""
+    batch, heads, rows, depth = x.shape
+    pool = torch.full((heads, pages, page_size, depth), torch.nan, dtype=x.dtype)
+    for b in range(batch):
+        place = table[b].long()[:, None] * page_size + torch.arange(page_size)
+        pool.flatten(1, 2)[:, place.flatten()[:rows]] = x[b]
+    return pool
+
+
 @dataclass
 class Inputs:
     """Queries, keys and values in random pages whose unused rows are NaN, and what the spec reads."""
@@ -112,15 +122,10 @@ class Inputs:
 
     def pages(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, K, S, D]`` as a pool ``[K, pages, page_size, D]`` and a block table ``[B, pages]`` int32."""
-        size, (batch, heads, rows, depth) = self.shape.page_size, x.shape
-        each = -(-rows // size)
-        table = torch.randperm(batch * each + 3, generator=self.generator)[: batch * each].view(batch, each)
-        pool = torch.full((heads, batch * each + 3, size, depth), float("nan")).to(x.dtype)
-        for b in range(batch):
-            for page in range(each):
-                part = x[b, :, page * size : (page + 1) * size]
-                pool[:, table[b, page], : part.shape[1]] = part
-        return pool, table.int()
+        batch, each = self.shape.batch, -(-self.shape.rows // self.shape.page_size)
+        pages = batch * each + 3
+        table = torch.randperm(pages, generator=self.generator)[: batch * each].view(batch, each)
+        return scattered(x, table, pages, self.shape.page_size), table.int()
 
     def expected(self, dtype: torch.dtype) -> Tensor:
         """By the reference, in a precision of choice; reads as they are."""

@@ -106,6 +106,30 @@ def test_a_kernel_runs_by_default() -> None:
     assert kvpass.explain(Small().eval(), torch.arange(13).unsqueeze(0)).attention[0].lowering.startswith("C++ ")
 
 
+class Upcast(Small):
+    """Scores in float32 of a model in bfloat16: queries and keys have another dtype than values."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        rows = ids.shape[1]
+        scores = x.float() @ self.key(x).float().mT
+        scores = scores.masked_fill(torch.ones(rows, rows).triu(1).bool(), float("-inf"))
+        return scores.softmax(-1).to(x.dtype) @ x
+
+
+@torch.no_grad()
+def test_operands_of_several_dtypes_are_left_to_the_reference() -> None:
+    torch._dynamo.reset()
+    model = Upcast().eval().bfloat16()
+    ids = torch.arange(13).unsqueeze(0)
+    report = kvpass.explain(model, ids)
+    assert report.proven
+    assert report.attention[0].lowering == "reference"
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
+    for rows in (9, 13):
+        torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+
+
 def test_a_kernel_says_what_it_is() -> None:
     """The head of a module is its text form, and nothing of the template is left."""
     spec = attention(mask="window", score="soft_cap")

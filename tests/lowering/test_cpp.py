@@ -1,5 +1,8 @@
 """Generated C++ against the reference."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -119,6 +122,21 @@ def test_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kv_heads, cached in ((1, 3000), (3, 700), (5, 65)):
         check(attention(2 * kv_heads, kv_heads), Shape(batch=1, cached=cached))
     check(attention(), Shape(new=200, cached=65))
+
+
+@pytest.mark.parametrize("name", ["OMP_THREAD_LIMIT=1", "KVPASS_CXXFLAGS=-fno-openmp"])
+def test_fewer_threads_than_were_asked_for(name: str) -> None:
+    """The share of a thread that does not come is not lost."""
+    program = (
+        "import torch; torch.set_num_threads(4)\n"
+        "from tests.lowering.test_cpp import Shape, attention, check\n"
+        "check(attention(2, 1), Shape(batch=1, cached=3000))\n"
+        "check(attention(), Shape(new=200, cached=65))\n"
+        "print('right')"
+    )
+    environment = os.environ | dict([name.split("=")])
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "right\n", done.stderr[-2000:]
 
 
 def test_sink() -> None:

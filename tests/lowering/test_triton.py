@@ -13,8 +13,9 @@ import torch
 
 from kvpass.ir import Attention, Step
 from kvpass.kernels.text import parse, parse_expression
+from kvpass.lowering.architectures import ARCHITECTURES
 from kvpass.lowering.triton import load, source
-from kvpass.lowering.triton_config import ARCHITECTURES, config, shared_memory
+from kvpass.lowering.triton_config import config, shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_ttsem = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def test_resources(of: Attention, arch: str) -> None:
     found = resources(compile_for(offline(of, arch), arch))
     bound = shared_memory(of, config(of, arch), ARCHITECTURES[arch])
     assert found.spill_bytes == 0
-    assert found.shared_bytes <= bound <= ARCHITECTURES[arch].shared
+    assert found.shared_bytes <= bound <= ARCHITECTURES[arch].shared_limit
     assert found.instructions["mma"] >= 16
     loads = {size: sum(found.instructions.get(f"{kind}_{size}", 0) for kind in KINDS) for size in (1, 2, 16)}
     assert loads[16] >= 16

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import sympy
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvpass.ir import Attention, B, H, I, J, Read, Step
+from kvpass.ir import Attention, Read, Step
 from kvpass.kernels.reference import attention, visible
 from kvpass.kernels.text import parse
 from kvpass.lowering.triton import Strides, load, source
 from kvpass.lowering.triton_config import Config
+from tests.lowering.cases import scattered
 
 CPU = torch.device("cpu")
 ULPS = 4  # of the largest value: below that nothing is told apart
@@ -125,23 +125,17 @@ def data(case: Case) -> Data:
     )
 
 
-_INDICES = {name: sympy.Function(f"at_{name}", real=True)(B, H, I, J) for name in "hij"}
-
-
 def reference(case: Case, of: Data, dtype: torch.dtype) -> Tensor:
-    """The definition, in some dtype. The interpreter has no indices in scores: they come as reads."""
+    """The definition, in some dtype."""
     spec = case.spec(dtype)
-    rows, wide = case.start + case.new, torch.float64 if dtype is torch.float64 else torch.float32
-    loads = {"at_h": torch.arange(spec.heads), "at_i": torch.arange(case.start, rows), "at_j": torch.arange(rows)}
-    loads = {name: _spread(name[-1], load.to(wide)) for name, load in loads.items()}
-    loads |= {read.name: _spread(read.axes, of.loads[read.name]) for read in spec.reads if read.axes}
+    loads = {read.name: _spread(read.axes, of.loads[read.name]) for read in spec.reads if read.axes}
     if dtype is torch.float64:
         loads = {name: load.double() for name, load in loads.items()}
     leaves = {name: load for name, load in of.loads.items() if name not in loads}
+    rows = case.start + case.new
     mask = visible(spec.support, CPU, spec.heads, case.start, rows, tuple(leaves), tuple(leaves.values()))
-    score = spec.score.xreplace({symbol: _INDICES[symbol.name] for symbol in (H, I, J)})
     operands = (x.to(dtype) for x in (of.query, of.key, of.value))
-    return attention(replace(spec, score=score), *operands, mask, case.start, tuple(loads), tuple(loads.values()))
+    return attention(spec, *operands, mask, case.start, tuple(loads), tuple(loads.values()))
 
 
 def _spread(axes: str, load: Tensor) -> Tensor:
@@ -160,13 +154,10 @@ def pools(case: Case, of: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tables = tables if case.two_tables else tables[:1] * 2
     made = []
     for dense, table in zip((of.key, of.value), tables, strict=True):
-        pool = torch.full((case.kv_heads, case.batch * pages + 1, case.page, dense.shape[-1]), torch.nan)
-        for b in range(case.batch):
-            place = table[b].long()[:, None] * case.page + torch.arange(case.page)
-            pool.flatten(1, 2)[:, place.flatten()[:rows]] = dense[b].float()
+        pool = scattered(dense.to(DTYPES[case.dtype]), table, case.batch * pages + 1, case.page)
         if case.by_row:
             pool = pool.permute(1, 2, 0, 3).flatten(2)
-        made.append(pool.to(DTYPES[case.dtype]).contiguous())
+        made.append(pool.contiguous())
     return made[0], made[1], tables[0], tables[1]
 
 

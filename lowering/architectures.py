@@ -24,6 +24,7 @@ class Architecture:
         threads, blocks, registers, shared_bytes: room of one multiprocessor; registers have 32 bits.
         shared_limit: shared memory in bytes that one block may ask for; every block is charged the rest of the
             multiprocessor's on top.
+        by_groups: tensor cores take 64 rows from a group of four warps (wgmma, tcgen05), and tiles from shared memory.
         tensor_columns: columns of tensor memory per multiprocessor, 0 where there is none.
         multiprocessors: SMs or compute units of the device.
         issue: instructions of a whole warp that a multiprocessor issues in a cycle.
@@ -41,6 +42,7 @@ class Architecture:
     registers: int = 65536
     shared_bytes: int
     shared_limit: int
+    by_groups: bool = False
     tensor_columns: int = 0
     multiprocessors: int
     issue: int = PARTS
@@ -108,6 +110,7 @@ ARCHITECTURES = {
         blocks=32,
         shared_bytes=228 * KIB,
         shared_limit=227 * KIB,
+        by_groups=True,
         multiprocessors=132,
         clock=1.83e9,
         bandwidth=3.35e12,
@@ -122,6 +125,7 @@ ARCHITECTURES = {
         blocks=32,
         shared_bytes=228 * KIB,
         shared_limit=227 * KIB,
+        by_groups=True,
         tensor_columns=512,
         multiprocessors=148,
         clock=1.856e9,
