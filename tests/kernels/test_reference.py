@@ -1,5 +1,6 @@
 """`kvpass.kernels.reference`, the meaning of `ir.Attention`, against one softmax at a time."""
 
+import math
 from typing import Any
 
 import pytest
@@ -128,3 +129,28 @@ def test_expressions_are_evaluated_as_sympy_says() -> None:
             for b in range(6):
                 here = expr.replace(leaf, lambda k, a=a, b=b: table[int(k.subs({x: a, y: b}))].item())
                 assert got[a, b].item() == here.subs({x: a, y: b}), (expr, a, b)
+
+
+def test_a_function_of_indices_is_as_exact_as_the_rest() -> None:
+    score = SCORE + sympy.exp(-sympy.Abs(I - J) / 5) - 2 ** (-H - 1) * (I - J) / 3
+    found, q, k, v = run(spec(score=score), 4, 9)
+    expected = written_out(
+        spec(),
+        q,
+        k,
+        v,
+        4,
+        lambda b, h, i, j: j <= i,
+        lambda x, b, h, i, j: x + _decay(i - j) - 2 ** (-h - 1) * (i - j) / 3,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def _decay(distance: int) -> float:
+    return math.exp(-abs(distance) / 5)
+
+
+def test_powers_of_whole_numbers() -> None:
+    heads = torch.arange(4)
+    assert evaluate(2 ** (-H), {H: heads}, {}).tolist() == [1, 0.5, 0.25, 0.125]
+    assert evaluate(3**H, {H: heads}, {}).tolist() == [1, 3, 9, 27]

@@ -192,6 +192,32 @@ def test_a_value_that_is_nan_or_infinite_is_not_hidden() -> None:
     assert found[0, 2:, :, :5].isfinite().all()
 
 
+def test_a_row_whose_only_key_is_nan() -> None:
+    inputs = Inputs(attention(), Shape(new=1, cached=0))
+    inputs.key[1, 0] = float("nan")
+    found = dense(inputs)
+    assert found[1, :2].isnan().all()
+    assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("new", [1, 20])
+def test_what_fills_up_a_row_does_not_count(dtype: torch.dtype, new: int) -> None:
+    """A head size between two vectors; a score that is no sum shows what is added to all products alike."""
+    check(attention(head_size=20, value_size=21, dtype=dtype, score="soft_cap"), Shape(new=new, cached=70))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize(("new", "cached"), [(1, 1), (32, 0)])
+def test_results_are_rounded_to_nearest(dtype: torch.dtype, new: int, cached: int) -> None:
+    """The mean over a power of two is exact in float32."""
+    inputs = Inputs(attention(dtype=dtype, mask="all"), Shape(new=new, cached=cached))
+    inputs.query.zero_()
+    inputs.value[:, :, 2:] = 0
+    expected = (inputs.value.float().sum(2) / (new + cached)).to(dtype)
+    assert torch.equal(dense(inputs)[:, ::2, -1], expected)
+
+
 def test_only_pages_that_matter_are_visited() -> None:
     """Pages outside of a window hold NaN in every row: one that is read would show."""
     spec = attention(mask="window")

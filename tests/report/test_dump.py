@@ -18,6 +18,7 @@ from kvpass.report.files import deliver
 from kvpass.report.layers import FOLD, Repeat, folded, repeats
 from kvpass.report.layout import layered
 from kvpass.report.parts import incremental_of
+from kvpass.report.report import Report
 from kvpass.report.stages import Look, incremental_text
 from kvpass.report.view import Graph, Op
 from tests.report.conftest import Records
@@ -262,6 +263,10 @@ def test_kernels(records: Records) -> None:
     assert text.count("// attention heads=") == 1
     data = json.loads(dumped(records("causal"), "kernels", "json", Look()))
     assert [kernel["source"] for kernel in data["kernels"]] == [text]
+    found = Report.of(records("mixture")).attention
+    assert len(found) > len({entry.lowering for entry in found}) > 1
+    text = dumped(records("mixture"), "kernels", "text", Look())
+    assert text.count("// attention heads=") == len({entry.lowering for entry in found})
     with pytest.raises(InputError, match="svg"):
         dumped(records("causal"), "kernels", "svg", Look())
     with pytest.raises(InputError, match="no kernels"):
