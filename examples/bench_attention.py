@@ -233,7 +233,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xlabel("keys")
         axis.grid(alpha=0.3)
     left.set_ylim(0, 1.3)
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, handlelength=4)
     figure.savefig(path, dpi=150)
 
 
