@@ -107,8 +107,6 @@ def _read(folder: Path) -> Loaded:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         named = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if named else None
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # of a mapped file, not every write would be noticed
     return model.eval(), tokenizer
 
 

@@ -1,7 +1,10 @@
 """A weight that changes is noticed, however it is written; nothing stale is answered."""
 
+import io
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,18 +123,90 @@ def test_tied_weights_share_the_mark() -> None:
     assert not held[1].same((twin,))
 
 
-def test_reading_is_no_change_and_ends_the_marks_in_the_end() -> None:
+def test_an_array_that_was_handed_out_may_be_written_into_at_any_time() -> None:
     tensor, held = weight(1000, 8)
-    for _ in range(4):
-        tensor.numpy()
-        if not held.same((tensor,)):
-            again = Weights({"w": tensor})
-            assert again.digests == held.digests
-            held = again
-    tensor.numpy()
-    assert held.same((tensor,))
-    tensor.data.add_(1)
+    array = tensor.numpy()
     assert not held.same((tensor,))
+    held = Weights({"w": tensor})
+    assert held.unwatched == ["w"]
+    array[517, 3] = 1
+    assert not held.same((tensor,))
+    held = Weights({"w": tensor})
+    array[517, 3] = 2
+    assert not held.same((tensor,))
+    held = Weights({"w": tensor})
+    del array
+    assert held.same((tensor,))
+    assert held.unwatched == []
+    tensor.data[517, 3] = 1
+    assert not held.same((tensor,))
+
+
+def test_saving_is_no_change_and_leaves_the_mark() -> None:
+    tensor, held = weight(1000, 8)
+    for _ in range(6):
+        torch.save(tensor, io.BytesIO())
+        again = Weights({"w": tensor})
+        assert again.digests == held.digests
+        assert again.unwatched == []
+    tensor.data[517, 3] = 1
+    assert not again.same((tensor,))
+
+
+def foreign(*shape: int) -> Tensor:
+    return torch.from_numpy(np.zeros(shape, np.float32))
+
+
+def test_memory_that_torch_does_not_own_is_moved_and_ties_hold() -> None:
+    tensor = nn.Parameter(foreign(1000, 16), False)
+    twin = torch.empty(0).set_(tensor.untyped_storage(), 0, (8, 1000), (1, 16))
+    held = Weights({"w": tensor, "twin": twin})
+    assert held.unwatched == []
+    assert twin.shape == (8, 1000)
+    assert twin.stride() == (1, 16)
+    twin.data[3, 517] = 1
+    assert tensor[517, 3] == 1
+    assert not held.same((tensor, twin))
+
+
+def test_memory_that_others_see_stays_and_is_read_in_every_call() -> None:
+    outside, shared = foreign(1000, 8), torch.zeros(1000, 8).share_memory_()
+    tensor = nn.Parameter(outside, False)
+    held = Weights({"w": tensor, "shared": shared})
+    with torch.inference_mode():
+        unversioned = foreign(1000, 8)
+    assert held.unwatched == ["w", "shared"]
+    assert Weights({"w": unversioned}).unwatched == ["w"]
+    outside[517, 3] = 1
+    assert tensor[517, 3] == 1
+    assert not held.same((tensor, shared))
+    held = Weights({"w": tensor, "shared": shared})
+    shared.data[517, 3] = 1
+    assert not held.same((tensor, shared))
+
+
+@torch.no_grad()
+def test_a_model_whose_weights_are_mapped_from_a_file(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch.save(Small().state_dict(), tmp_path / "weights")
+    model = Small().eval()
+    model.load_state_dict(torch.load(tmp_path / "weights", mmap=True), assign=True)
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
+    ids = torch.arange(11).unsqueeze(0)
+    fast(ids)
+    model.embed.weight.data[5, 2:4] = 40
+    torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_read_in_every_call_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    model = Small().eval()
+    model.embed.weight.data.share_memory_()
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=4))
+    with torch.no_grad():
+        for length in (5, 6, 9):
+            fast(torch.arange(length).unsqueeze(0))
+    assert [r.message.startswith("1 weights (0 MiB") for r in caplog.records if "every call" in r.message] == [True]
 
 
 def test_a_call_reads_weights_without_a_writable_pointer() -> None:

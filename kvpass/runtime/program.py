@@ -179,6 +179,8 @@ class Program:
             return None
 
     def _bind(self, incremental: Incremental, weights: Weights) -> Bound:
+        if weights.unwatched:
+            self._warn("unwatched", _unwatched(weights))
         plan = incremental.plan
         names = identities(plan.analyzed, weights.digests)
         slots = [
@@ -208,6 +210,16 @@ class Program:
                 self._warn(given.name, f"{given.source} is no longer {given.form}: the call runs without the cache")
                 return False
         return True
+
+
+def _unwatched(weights: Weights) -> str:
+    held = dict(zip(weights.names, weights.tensors, strict=True))
+    size = sum(held[name].nbytes for name in weights.unwatched) / 2**20
+    return (
+        f"{len(weights.unwatched)} weights ({size:.0f} MiB, the first is {weights.unwatched[0]}) are read in every "
+        "call to notice changes: their memory is not torch's own, or an array over them was handed out. "
+        "A clone of them, or dropping the array, makes that unnecessary"
+    )
 
 
 def form_holds(mask: torch.Tensor, form: Any) -> bool:

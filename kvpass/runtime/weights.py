@@ -1,13 +1,15 @@
 """Weights by identity: what they are, and whether they still are.
 
 A stored row is only right for the weights that made it. Each constant is known by the SHA-256 of its contents; per call
-a change is noticed by the storage's address, by the version counter that every in-place op moves, by the marks of
-`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``) and, since memory that torch
-does not own bears no mark, by a sample of the contents.
+a change is noticed by the storage's address, by the version counter that every in-place op moves, and by the marks of
+`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``). What bears no mark is read in
+full in every call. An array over a weight that was made before the mark can be written into past all of them; against
+that a sample of the contents is looked at.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
@@ -20,21 +22,14 @@ from kvpass.analysis.identity import digest_of
 from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
-_digests: Any = WeakIdKeyDictionary()  # tensor -> (mark, sample, digest)
+_digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
+_arrays: Any = WeakIdKeyDictionary()  # tensor -> (address, a view of its sample); one for all programs
+# The address without the writable pointer that `data_ptr()` takes.
+_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _unwatched(tensor: torch.Tensor, storage: written.Storage) -> bool:
-    """True where nothing tells of a change, so that the contents must be read in every call.
-
-    Tensors made under ``inference_mode`` have no version; of a tensor with holes no cheap sample can be taken.
-    """
-    if storage.marked:
-        return False
-    return tensor.is_inference() or (tensor.numel() > 0 and _peek(tensor) is None)
 
 
 def _peek(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -55,15 +50,23 @@ def _on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _array(tensor: torch.Tensor, peek: torch.Tensor) -> np.ndarray:
+    known = _arrays.get(tensor)
+    if known is None or known[0] != _address(tensor):
+        known = _arrays[tensor] = _address(tensor), peek.numpy()
+    return known[1]  # type: ignore[no-any-return]
+
+
 class _Sample:
     """A few entries of many tensors, and what they were; numpy looks at the host's ten times faster than torch."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._near: dict[torch.dtype, list[np.ndarray]] = {}
         self._far: dict[torch.dtype, list[torch.Tensor]] = {}
-        for peek in map(_peek, tensors):
+        for tensor in tensors:
+            peek = _peek(tensor)
             if peek is not None and _on_host(peek):
-                self._near.setdefault(peek.dtype, []).append(peek.numpy())
+                self._near.setdefault(peek.dtype, []).append(_array(tensor, peek))
             elif peek is not None:
                 self._far.setdefault(peek.dtype, []).append(peek)
         self._near_was, self._far_was = self._look_near(), self._look_far()
@@ -80,46 +83,52 @@ class _Sample:
         return all(torch.equal(now, was) for now, was in zip(self._look_far(), self._far_was, strict=True))
 
 
-# The address without the writable pointer that `data_ptr()` takes.
-_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]:
+    peek = _peek(tensor)
+    sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
+    return _address(tensor), _version(tensor), storage.epoch, sample
 
 
 def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
     """The content digest of a constant, computed again only where it may have changed."""
-    if _unwatched(tensor, storage):
-        return digest_of(tensor)
-    peek = _peek(tensor)
     storage.look(tensor)
-    mark = _address(tensor), _version(tensor), storage.epoch
-    sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
-    known = _digests.get(tensor)
-    if known is not None and known[:2] == (mark, sample):
-        return known[2]  # type: ignore[no-any-return]
-    digest = digest_of(tensor)
-    if known is not None and known[0][:2] == mark[:2] and known[2] == digest:
-        storage.false_alarm()
-    _digests[tensor] = (mark, sample, digest)
-    return digest
+    known = _digests.get(tensor) if storage.marked else None
+    if known is not None and known[0] == _stamp(tensor, storage):
+        return known[1]  # type: ignore[no-any-return]
+    return digest_of(tensor)
 
 
 class Weights:
-    """The constants of one program as they were when its slots were named."""
+    """The constants of one program as they were when its slots were named.
+
+    Those in memory that torch does not own are moved into memory that it does.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.names = tuple(tensors)
         self.tensors = tuple(tensors.values())
+        self._versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
         with written.lock:
+            written.own(self.tensors)
             self._storages = [written.storage(tensor) for tensor in self.tensors]
             contents = [_content(*pair) for pair in zip(self.tensors, self._storages, strict=True)]
             self._sample = _Sample(self.tensors)
-            for tensor, storage in zip(self.tensors, self._storages, strict=True):
-                storage.mark(tensor)
-            named = list(zip(self.names, self.tensors, self._storages, strict=True))
-            self._marked = [tensor for _, tensor, storage in named if storage.marked]
-            self._unwatched = [(name, tensor) for name, tensor, storage in named if _unwatched(tensor, storage)]
-            self._versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
-            self._was = self._now()
+            self._watch()
+            for tensor, storage, digest in zip(self.tensors, self._storages, contents, strict=True):
+                _digests[tensor] = _stamp(tensor, storage), digest
         self.digests = dict(zip(self.names, contents, strict=True))
+
+    def _watch(self) -> None:
+        """Mark what can be marked; only for who has read the contents of what is not."""
+        known: Counter[int] = Counter()
+        for tensor in dict.fromkeys(self.tensors):
+            known[tensor.untyped_storage()._cdata] += 1 + (tensor in _arrays)
+        for tensor, storage in zip(self.tensors, self._storages, strict=True):
+            storage.mark(tensor, known[tensor.untyped_storage()._cdata])
+        pairs = list(zip(self.names, self.tensors, self._storages, strict=True))
+        self._marked = [tensor for _, tensor, storage in pairs if storage.marked]
+        self.unwatched = [name for name, _, storage in pairs if not storage.marked]
+        self._was = self._now()
 
     def _now(self) -> list[int]:
         if not all(map(written.bearing, self._marked)):
@@ -134,7 +143,15 @@ class Weights:
             return False
         if self._now() != self._was or not self._sample.same():
             return False
-        return all(digest_of(tensor) == self.digests[name] for name, tensor in self._unwatched)
+        return not self.unwatched or self._read_again()
+
+    def _read_again(self) -> bool:
+        held = dict(zip(self.names, self.tensors, strict=True))
+        with written.lock:
+            if any(digest_of(held[name]) != self.digests[name] for name in self.unwatched):
+                return False
+            self._watch()
+        return True
 
     def changed(self, other: Weights) -> list[str]:
         """The constants whose contents differ from those of ``other``."""

@@ -3,51 +3,58 @@
 A storage that torch has cloned lazily carries a mark, and the first op that asks it for a writable pointer takes the
 mark away. With no clone beside it nothing is copied and nothing else changes, so the mark is a detector of writes that
 ``p.data[3] = 0`` cannot pass by, as it passes by the version counter of ``p``. Memory that torch does not own, such as
-numpy's or a mapped file, takes no mark.
+numpy's or a mapped file, takes no mark: `own` moves it.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Whoever takes a writable pointer only to read (`p.numpy()`, `torch.save`) takes a mark too, and the contents must be
-# read again to tell: this often at most.
-_FALSE_ALARMS = 3
 lock = threading.RLock()
 _epochs = itertools.count(1)
 bearing: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]
 
 
 class Storage:
-    """What all programs know of one storage."""
+    """What all programs know of one storage.
+
+    Attributes:
+        marked: writes are noticed; otherwise the contents must be read to know.
+        epoch: belongs to this storage only, and changes when it may have been written into.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self.epoch = next(_epochs)  # belongs to this storage only, and changes when it may have been written into
         self.marked = False
-        self._alarms = 0
-        self.mark(tensor)
+        self.epoch = next(_epochs)
+        self._taken = False
 
-    def mark(self, tensor: Tensor) -> None:
-        """Notice writes from now on; only for who holds `lock` and has looked since the last one."""
-        self.marked = self._alarms < _FALSE_ALARMS and _mark(tensor)
+    def mark(self, tensor: Tensor, known: int) -> None:
+        """Notice writes from now on; only for who holds `lock` and has read the contents.
+
+        Whoever took the last mark (``a = p.numpy()``) may write again later, past this one: there is none while more
+        tensors than the ``known`` ones are on the storage.
+        """
+        if self.marked:
+            _mark(tensor)  # reading may have taken it
+        elif not self._taken or _tensors_on(tensor) <= known:
+            self.marked, self._taken = _mark(tensor), False
+            self.epoch = next(_epochs)
 
     def look(self, tensor: Tensor) -> None:
         """Begin a new epoch if the mark is gone."""
         with lock:
             if self.marked and not bearing(tensor):
+                self.marked, self._taken = False, True
                 self.epoch = next(_epochs)
-                self.mark(tensor)
-
-    def false_alarm(self) -> None:
-        self._alarms += 1
 
 
 _storages: WeakValueDictionary[int, Storage] = WeakValueDictionary()
@@ -61,6 +68,35 @@ def storage(tensor: Tensor) -> Storage:
         if known is None or known.ref.expired():  # type: ignore[no-untyped-call]
             known = _storages[key] = Storage(tensor)
         return known
+
+
+def own(tensors: Iterable[Tensor]) -> None:
+    """Move weights that lie in memory torch does not own into memory that it does, as ``model.to`` would.
+
+    Tensors on one storage share the new one. Memory stays where it is if other tensors, other processes or a device
+    see it too.
+    """
+    groups: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for tensor in dict.fromkeys(tensors):
+        groups[tensor.untyped_storage()._cdata].append(tensor)
+    for group in groups.values():
+        if all(map(_movable, group)) and _tensors_on(group[0]) == len(group) and not _mark(group[0]):
+            moved = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+            for old in group:
+                new = torch.empty(0, dtype=old.dtype, device=old.device)
+                old.data = new.set_(moved, old.storage_offset(), old.size(), old.stride())
+
+
+def _movable(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
+    shared: bool = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
+    return plain and not (shared or tensor.is_pinned() or tensor.is_inference() or tensor.is_conj() or tensor.is_neg())
+
+
+def _tensors_on(tensor: Tensor) -> int:
+    handle = tensor.untyped_storage()  # counted itself
+    count: int = torch._C._storage_Use_Count(handle._cdata)
+    return count - 1
 
 
 def _mark(tensor: Tensor) -> bool:
