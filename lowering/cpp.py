@@ -29,8 +29,7 @@ _TYPES = ELEMENTS | {
     torch.int64: "int64_t",
     torch.float64: "double",
 }
-_TILE_BYTES = 16384  # of keys: a tile of keys and its scores stay in the first level of a cache
-_LONGEST_TILE = 64
+TILE = 64  # rows of a tile at the most, which lies in one page
 
 
 def source(spec: Attention) -> str:
@@ -47,13 +46,14 @@ def source(spec: Attention) -> str:
         "group": spec.group,
         "head_size": spec.head_size,
         "value_size": spec.value_size,
-        "tile": tile(spec),
+        "tile": TILE,
         "scale": real(spec.scale),
         "empty_is_nan": _bool(spec.empty_is_nan),
         "plain_score": _bool(spec.score == SCORE),
         "has_sink": _bool(spec.sink is not None),
         "reads": max(1, len(spec.reads)),
         "half": torch.float16 in (spec.dtype, *(read.dtype for read in spec.reads)),
+        "brain": spec.dtype is torch.bfloat16,
         "interleaved": _bool(spec.dtype is torch.bfloat16),
         "element": ELEMENTS[spec.dtype],
         "score": _function("float", "score", "float score, ", spec, spec.score),
@@ -63,12 +63,6 @@ def source(spec: Attention) -> str:
     }
     head = "".join(f"// {line}\n" for line in text(spec).splitlines())
     return head + "\n" + specialise(SOURCE.read_text(), facts, "//")
-
-
-def tile(spec: Attention) -> int:
-    """Rows of a tile of keys at the most: what the first level of a cache holds, and a power of two."""
-    most = max(1, min(_LONGEST_TILE, _TILE_BYTES // (max(spec.head_size, spec.value_size) * spec.dtype.itemsize)))
-    return 1 << (most.bit_length() - 1)
 
 
 def _function(result: str, name: str, first: str, spec: Attention, expr: Any) -> str:

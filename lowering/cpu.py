@@ -112,7 +112,7 @@ class Kernel:
     def _tile(self, page: int) -> int:
         """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
         if page not in self._tiles:
-            self._tiles[page] = max(size for size in range(1, cpp.tile(self.spec) + 1) if page % size == 0)
+            self._tiles[page] = max(size for size in range(1, cpp.TILE + 1) if page % size == 0)
         return self._tiles[page]
 
 

@@ -15,7 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-//: if half
+//: if half or brain
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -91,22 +91,29 @@ struct Call {
 
 // ---- vectors -------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#else
 constexpr int W = 8;  // two registers on a machine of 128 bits
+#if defined(__AVX512F__)
+constexpr int WIDE = 16;  // for products of matrices; sums across a vector, as in decode, are dearer than the width gives
+#else
+constexpr int WIDE = 8;
+#endif
+#if defined(__AVX512VL__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
 #endif
 constexpr int CHUNK = 2 * W;
-constexpr int SPAN = most_of(1, 131072 / (most_of(D, DV) * int(sizeof(Element))) / TILE) * TILE;  // keys of one softmax step
-constexpr int CHUNKS = (D + CHUNK - 1) / CHUNK, V_CHUNKS = (DV + CHUNK - 1) / CHUNK;
-constexpr int D_PAD = CHUNKS * CHUNK, DV_PAD = V_CHUNKS * CHUNK;
+constexpr int STREAMS = 4;  // tiles that are read side by side
+constexpr int SPAN = most_of(STREAMS, least(2048, 524288 / (most_of(D, DV) * int(sizeof(Element)))) / TILE) * TILE;  // keys of one softmax step
+constexpr int CHUNKS = (D + CHUNK - 1) / CHUNK, D_PAD = CHUNKS * CHUNK;
+constexpr int V_CHUNK = 2 * WIDE, V_CHUNKS = (DV + V_CHUNK - 1) / V_CHUNK, DV_PAD = V_CHUNKS * V_CHUNK;
 
 typedef float V __attribute__((vector_size(4 * W)));
-typedef float V8 __attribute__((vector_size(32)));
-typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef float WideV __attribute__((vector_size(4 * WIDE)));
 
+template <class T>
 struct Pair {
-  V a, b;
+  T a, b;
 };
 
 template <class To, class From>
@@ -117,13 +124,28 @@ inline To bits(From from) {
   return to;
 }
 
-inline V load_floats(const float* p) {
-  V v;
+template <class T = V>
+inline T load_floats(const float* p) {
+  T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store_floats(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-inline V splat(float x) { return V{} + x; }
+template <class T>
+inline void store_floats(float* p, T v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T = V>
+inline T splat(float x) {
+  return x - T{};  // 0 + x is not x where x is -0
+}
+// Keeps a value in a register: some compilers would rather load it again for each use.
+template <class T>
+inline T held(T v) {
+#if defined(__AVX__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return bits<float>(uint32_t(x.raw) << 16); }
@@ -151,67 +173,117 @@ inline void from_float(float x, float16& to) {
 }
 //: endif
 
-// One chunk in an order of its own: for bfloat16 the even entries and the odd ones, which are a shift and a mask away
-// from floats. Dot products do not mind, as queries are loaded by the same function; results are put back by `spread`.
-inline Pair load_pair(const float* p) { return {load_floats(p), load_floats(p + W)}; }
-inline Pair load_pair(const bfloat16* p) {
+// One chunk, two vectors, in an order of its own: for bfloat16 the even entries and the odd ones, which are a shift and a
+// mask away from floats. Dot products do not mind, as queries are loaded by the same function; results are put back by
+// `spread`.
+template <class T>
+inline Pair<T> load_pair(const float* p) {
+  return {load_floats<T>(p), load_floats<T>(p + sizeof(T) / 4)};
+}
+template <class T>
+inline Pair<T> load_pair(const bfloat16* p) {
+  typedef uint32_t U __attribute__((vector_size(sizeof(T))));
   U u;
   std::memcpy(&u, p, sizeof u);
-  return {bits<V>(u << 16), bits<V>(u & 0xffff0000u)};
+  return {bits<T>(u << 16), bits<T>(u & 0xffff0000u)};
 }
 //: if half
-inline Pair load_pair(const float16* p) {
-#if defined(__AVX512F__)
-  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)),
-          _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + W)))};
-#elif defined(__F16C__)
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + W)))};
-#else
-  Pair out;
-  for (int k = 0; k < W; ++k) out.a[k] = to_float(p[k]), out.b[k] = to_float(p[k + W]);
-  return out;
+template <class T>
+inline T load_halves(const float16* p) {
+  T v;
+  for (int k = 0; k < int(sizeof(T)) / 4; ++k) v[k] = to_float(p[k]);
+  return v;
+}
+#if defined(__F16C__)
+template <>
+inline V load_halves(const float16* p) {
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 #endif
+#if defined(__AVX512F__)
+template <>
+inline WideV load_halves(const float16* p) {
+  return (WideV)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+template <class T>
+inline Pair<T> load_pair(const float16* p) {
+  return {load_halves<T>(p), load_halves<T>(p + sizeof(T) / 4)};
 }
 //: endif
 
 // Chunk `c` of a row of SIZE entries; the last one is filled up with zeros and reads nothing behind the row.
-template <int SIZE, class T>
-inline Pair load_chunk(const T* row, int c) {
-  if (SIZE % CHUNK != 0 && c == SIZE / CHUNK) {
-    T rest[CHUNK] = {};
-    std::memcpy(rest, row + c * CHUNK, (SIZE % CHUNK) * sizeof(T));
-    return load_pair(rest);
+template <int SIZE, class T, class Source>
+inline Pair<T> load_chunk(const Source* row, int c) {
+  constexpr int ENTRIES = int(sizeof(T)) / 2;
+  if (SIZE % ENTRIES != 0 && c == SIZE / ENTRIES) {
+    Source rest[ENTRIES] = {};
+    std::memcpy(rest, row + c * ENTRIES, (SIZE % ENTRIES) * sizeof(Source));
+    return load_pair<T>(rest);
   }
-  return load_pair(row + c * CHUNK);
+  return load_pair<T>(row + c * ENTRIES);
 }
 
-// Where entry `d` of a row stands in its chunks.
+// What products of queries and keys are made of: one chunk of a row, as floats.
+template <bool PAIRED>
+struct OperandOf {
+  V a, b;
+
+  static OperandOf of(const Element* row, int c) {
+    const Pair<V> x = load_chunk<D, V>(row, c);
+    return {x.a, x.b};
+  }
+  static OperandOf at(const float* p) { return {load_floats(p), load_floats(p + W)}; }
+  void store(float* p) const { store_floats(p, a), store_floats(p + W, b); }
+  OperandOf hold() const { return {held(a), held(b)}; }
+  void times(OperandOf x, V& sum) const {
+    sum += a * x.a;
+    sum += b * x.b;
+  }
+};
+//: if brain
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+// As bfloat16: the machine multiplies pairs of them and sums in float.
+template <>
+struct OperandOf<true> {
+  V raw;
+
+  static OperandOf of(const Element* row, int c) {
+    V raw{};
+    std::memcpy(&raw, row + c * CHUNK, D % CHUNK != 0 && c == D / CHUNK ? D % CHUNK * sizeof(Element) : sizeof raw);
+    return {raw};
+  }
+  static OperandOf at(const float* p) { return {load_floats(p)}; }
+  void store(float* p) const { store_floats(p, raw); }
+  OperandOf hold() const { return {held(raw)}; }
+  void times(OperandOf x, V& sum) const { sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)raw, (__m256bh)x.raw); }
+};
+#endif
+//: endif
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+using Operand = OperandOf<INTERLEAVED>;
+#else
+using Operand = OperandOf<false>;
+#endif
+
+// Where entry `d` of a result stands in its chunks.
 inline int spread(int d) {
   if (INTERLEAVED) {
-    int in = d % CHUNK;
-    return d - in + in / 2 + (in % 2) * W;
+    int in = d % V_CHUNK;
+    return d - in + in / 2 + (in % 2) * WIDE;
   }
   return d;
 }
 
-inline V8 half(V v) {
-#if defined(__AVX512F__)
-  V8 lo = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), hi = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return lo + hi;
-#else
-  return v;
-#endif
-}
-inline V8 pairs(V8 x, V8 y) {
+inline V pairs(V x, V y) {
   return __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14) + __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
 }
-inline V8 quads(V8 x, V8 y) {
+inline V quads(V x, V y) {
   return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 // The sums of eight vectors, in order.
-inline V8 sums(const V* v) {
-  V8 x = quads(pairs(half(v[0]), half(v[1])), pairs(half(v[2]), half(v[3])));
-  V8 y = quads(pairs(half(v[4]), half(v[5])), pairs(half(v[6]), half(v[7])));
+inline V sums(const V* v) {
+  V x = quads(pairs(v[0], v[1]), pairs(v[2], v[3])), y = quads(pairs(v[4], v[5]), pairs(v[6], v[7]));
   return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
@@ -439,107 +511,163 @@ inline void finish(const Call& call, const State& state, int m, int b, int h, in
 
 // ---- decode --------------------------------------------------------------------------------------------------------
 
-constexpr int LINE = SPAN + 8;  // the scores of one query; a block of products may run over the end
-
-// Products of Q queries with R rows.
-template <int Q, int R>
-inline void products(const float* query, const Element* const* rows, float* s, int stride, int first) {
-  V sum[8] = {};
-  constexpr int STEP = Q == 1 ? CHUNKS : 1;  // a single query reads whole rows, in the order of memory
-  for (int c0 = 0; c0 < CHUNKS; c0 += STEP) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int c = c0; c < c0 + STEP; ++c) {
-        Pair x = load_chunk<D>(rows[r], c);
-#pragma GCC unroll 4
-        for (int m = 0; m < Q; ++m) {
-          const float* q = query + size_t(m) * D_PAD + c * CHUNK;
-          sum[m * R + r] += load_floats(q) * x.a;
-          sum[m * R + r] += load_floats(q + W) * x.b;
-        }
-      }
-  }
-  V8 all = sums(sum);
-#pragma GCC unroll 8
-  for (int k = 0; k < Q * R; ++k) s[size_t(k / R) * stride + first + k % R] = all[k];
-}
-
-template <int Q>
-inline void scores_of(const float* query, const Rows& keys, const Tile& tile, float* s) {
-  constexpr int R = Q == 1 ? 8 : Q == 2 ? 4 : 2;
-  const Element* key = keys.at(tile.first);
-  for (int r = 0; r < tile.count; r += R) {
-    const Element* rows[R];
-    for (int x = 0; x < R; ++x) rows[x] = key + least(r + x, tile.count - 1) * keys.row;
-    products<Q, R>(query, rows, s, LINE, r);
-  }
-}
-
-// Values that are read next. Chunks go through a tile in columns, in which the machine sees no stream: the next tile is
-// fetched line by line, in the order of memory, beside the work on this one.
-struct Ahead {
-  static constexpr int LINES = (DV * int(sizeof(Element)) + 63) / 64;
-  const Element* first;
+// A core that goes from page to page waits for the first lines of each, and does not read ahead while it computes. Tiles
+// that are read side by side, a row of each in turn, wait together; and each row asks for one that comes AHEAD rows later.
+struct Strip {
+  const Element* first[STREAMS];  // row 0 of each tile
   int64_t row;
-  int count;
+  int streams, count;             // tiles side by side, STREAMS or 1, and rows of each
+};
 
-  inline void fetch(int line) const {
-    if (line < count * LINES)
-      __builtin_prefetch(reinterpret_cast<const char*>(first + line / LINES * row) + line % LINES * 64);
+constexpr int ROW_BYTES = most_of(D, DV) * int(sizeof(Element));
+constexpr int AHEAD = most_of(1, 16384 / (STREAMS * ROW_BYTES));
+
+struct Ahead {
+  const Strip &now, &next;
+  bool wanted;
+
+  // The row that comes AHEAD rows after row r of tile t.
+  inline const Element* row(int t, int r) const {
+    const int behind = r + AHEAD - now.count;
+    return behind < 0 ? now.first[t] + (r + AHEAD) * now.row : next.first[t] + behind * next.row;
   }
 };
 
-// Weighted values of Q queries, C chunks at a time.
-template <int Q, int C>
-inline void values_into(float* out, const float* weight, const Element* value, int64_t row, int count, int c, const Ahead& ahead) {
-  V a[Q][C], b[Q][C];
-#pragma GCC unroll 4
-  for (int m = 0; m < Q; ++m)
-#pragma GCC unroll 4
-    for (int x = 0; x < C; ++x) {
-      a[m][x] = load_floats(out + size_t(m) * DV_PAD + (c + x) * CHUNK);
-      b[m][x] = load_floats(out + size_t(m) * DV_PAD + (c + x) * CHUNK + W);
-    }
-  constexpr int FETCHED = (Ahead::LINES * C + V_CHUNKS - 1) / V_CHUNKS;
-  for (int r = 0; r < count; ++r) {
-    for (int x = 0; x < FETCHED; ++x) ahead.fetch((c / C * count + r) * FETCHED + x);
-#pragma GCC unroll 4
-    for (int x = 0; x < C; ++x) {
-      Pair v = load_chunk<DV>(value + r * row, c + x);
+// Into the second level of the cache: the first one has too few places for lines that are on their way.
+template <int ENTRIES>
+inline void fetch_chunk(const Element* row, int c) {
+  constexpr int BYTES = ENTRIES * int(sizeof(Element));
+  for (int x = c * BYTES; x < (c + 1) * BYTES; x += 64)
+    if (x % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row) + x, 0, 2);
+}
+
+constexpr int LINE = SPAN;        // the scores of one query
+constexpr int BATCH = most_of(8, 16384 / (STREAMS * ROW_BYTES));  // rows of a tile that stay at hand
+
+constexpr int OPERAND = int(sizeof(Operand)) / 4;
+
+// Products of Q queries with R rows; the one with row x goes to place at[x].
+template <int Q, int R>
+inline void products(const float* query, const Element* const* rows, const Element* const* later, const int* at, float* s) {
+  constexpr int SUMS = (Q * R + 7) / 8 * 8;
+  V sum[SUMS] = {};
+  if (Q == 1) {  // whole rows, in the order of memory
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < CHUNKS; ++c) {
+        fetch_chunk<CHUNK>(later[r], c);
+        Operand::at(query + c * OPERAND).times(Operand::of(rows[r], c), sum[r]);
+      }
+  } else {
+    for (int c = 0; c < CHUNKS; ++c) {
+      Operand x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        fetch_chunk<CHUNK>(later[r], c);
+        x[r] = Operand::of(rows[r], c).hold();
+      }
 #pragma GCC unroll 4
       for (int m = 0; m < Q; ++m) {
-        V w = splat(weight[size_t(m) * LINE + r]);
-        a[m][x] += w * v.a;
-        b[m][x] += w * v.b;
+        const Operand q = Operand::at(query + size_t(m) * D_PAD + c * OPERAND).hold();
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) q.times(x[r], sum[m * R + r]);
       }
     }
   }
-#pragma GCC unroll 4
-  for (int m = 0; m < Q; ++m)
-#pragma GCC unroll 4
-    for (int x = 0; x < C; ++x) {
-      store_floats(out + size_t(m) * DV_PAD + (c + x) * CHUNK, a[m][x]);
-      store_floats(out + size_t(m) * DV_PAD + (c + x) * CHUNK + W, b[m][x]);
+#pragma GCC unroll 2
+  for (int part = 0; part < SUMS; part += 8) {
+    V all = sums(sum + part) * SCALE;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k)
+      if (part + k < Q * R) s[size_t((part + k) / R) * LINE + at[(part + k) % R]] = all[k];
+  }
+}
+
+// Scores of Q queries with rows `from .. to - 1` of S tiles.
+template <int Q, int S>
+inline void scores_of(const float* query, const Ahead& ahead, int from, int to, float* s) {
+  const Strip& keys = ahead.now;
+  constexpr int R = Q == 1 ? 8 : Q == 2 || REGISTERS == 32 ? 4 : 2, T = least(R, S);
+  for (int r = from; r < to; r += R / T)
+    for (int t = 0; t < S; t += T) {
+      const Element *rows[R], *later[R];
+      int at[R];
+#pragma GCC unroll 8
+      for (int x = 0; x < R; ++x) {
+        int j = least(r + x / T, to - 1);
+        rows[x] = keys.first[t + x % T] + j * keys.row;
+        at[x] = (t + x % T) * keys.count + j;
+        later[x] = ahead.wanted ? ahead.row(t + x % T, j) : rows[x];
+      }
+      products<Q, R>(query, rows, later, at, s);
     }
 }
 
-template <int Q>
-inline void weighted(float* out, const float* weight, const Element* value, int64_t row, int count, const Ahead& ahead) {
-  constexpr int C = most_of(1, least(V_CHUNKS, (W == 16 ? 8 : 4) / Q));
-  int c = 0;
-  for (; c + C <= V_CHUNKS; c += C) values_into<Q, C>(out, weight, value, row, count, c, ahead);
-  for (; c < V_CHUNKS; ++c) values_into<Q, 1>(out, weight, value, row, count, c, ahead);
+// Weighted values of Q queries, C chunks at a time: whole rows as far as there are registers, so that the machine sees
+// streams.
+constexpr int C_AT_ONCE = least(V_CHUNKS, REGISTERS == 32 ? 4 : 1), Q_AT_ONCE = least(4, REGISTERS / 4 / C_AT_ONCE);
+
+template <int Q, int C, int S>
+inline void values_into(float* out, const float* weight, const Ahead& ahead, int from, int to, int c) {
+  const Strip& values = ahead.now;
+  WideV a[Q][C], b[Q][C];
+#pragma GCC unroll 4
+  for (int m = 0; m < Q; ++m)
+#pragma GCC unroll 8
+    for (int x = 0; x < C; ++x) {
+      a[m][x] = load_floats<WideV>(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK);
+      b[m][x] = load_floats<WideV>(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK + WIDE);
+    }
+  for (int r = from; r < to; ++r)
+#pragma GCC unroll 1
+    for (int t = 0; t < S; ++t) {
+      const Element* line = values.first[t] + r * values.row;
+      const Element* later = ahead.wanted ? ahead.row(t, r) : line;
+      WideV w[Q];
+#pragma GCC unroll 4
+      for (int m = 0; m < Q; ++m) w[m] = held(splat<WideV>(weight[size_t(m) * LINE + t * values.count + r]));
+#pragma GCC unroll 8
+      for (int x = 0; x < C; ++x) {
+        fetch_chunk<V_CHUNK>(later, c + x);
+        const Pair<WideV> v = load_chunk<DV, WideV>(line, c + x);
+        const WideV va = held(v.a), vb = held(v.b);
+#pragma GCC unroll 4
+        for (int m = 0; m < Q; ++m) {
+          a[m][x] += w[m] * va;
+          b[m][x] += w[m] * vb;
+        }
+      }
+    }
+#pragma GCC unroll 4
+  for (int m = 0; m < Q; ++m)
+#pragma GCC unroll 8
+    for (int x = 0; x < C; ++x) {
+      store_floats(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK, a[m][x]);
+      store_floats(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK + WIDE, b[m][x]);
+    }
 }
 
-// Calls `run` with a number and the first query, for blocks of at most four.
-template <class Run>
+template <int Q, int S>
+inline void weighted(float* out, const float* weight, const Ahead& ahead, int from, int to) {
+  int c = 0;
+  for (; c + C_AT_ONCE <= V_CHUNKS; c += C_AT_ONCE) values_into<Q, C_AT_ONCE, S>(out, weight, ahead, from, to, c);
+  for (; c < V_CHUNKS; ++c) values_into<Q, 1, S>(out, weight, ahead, from, to, c);
+}
+
+// Calls `run` with a number and the first query, for blocks of at most MOST. There are as many queries as a multiple of
+// the group.
+template <int MOST, class Run>
 inline void in_blocks(int queries, Run run) {
+  constexpr int STEP = GROUP % MOST == 0 ? MOST : GROUP % 2 == 0 ? 2 : 1;
   int m = 0;
-  for (; m + 4 <= queries; m += 4) run(Number<4>(), m);
-  if (queries - m == 3) run(Number<3>(), m);
-  if (queries - m == 2) run(Number<2>(), m);
-  if (queries - m == 1) run(Number<1>(), m);
+  for (; m + MOST <= queries; m += MOST) run(Number<MOST>(), m);
+  if constexpr (MOST > 3 && STEP == 1)
+    if (queries - m == 3) run(Number<3>(), m);
+  if constexpr (MOST > 2 && STEP <= 2)
+    if (queries - m == 2) run(Number<2>(), m);
+  if constexpr (MOST > 1 && STEP == 1)
+    if (queries - m == 1) run(Number<1>(), m);
 }
 
 struct Decode {
@@ -550,34 +678,54 @@ struct Decode {
     const Element* from = static_cast<const Element*>(call.query) + b * call.q_batch;
     for (int m = 0; m < queries; ++m) {
       const Element* line = from + (k * GROUP + m % GROUP) * call.q_head + m / GROUP * call.q_row;
-      for (int c = 0; c < CHUNKS; ++c) {
-        Pair x = load_chunk<D>(line, c);
-        store_floats(query + size_t(m) * D_PAD + c * CHUNK, x.a * SCALE);
-        store_floats(query + size_t(m) * D_PAD + c * CHUNK + W, x.b * SCALE);
-      }
+      for (int c = 0; c < CHUNKS; ++c) Operand::of(line, c).store(query + size_t(m) * D_PAD + c * OPERAND);
     }
   }
 
-  // One step of the softmax: all keys of a span, then all values, so that memory sees long streams.
-  void span(State& state, const float* query, float* s, const Rows& keys, const Rows& values, const Tile* tiles, int count, int b, int k) const {
-    int at = 0;
-    for (int t = 0; t < count; ++t) {
-      in_blocks(queries, [&](auto q, int m) {
-        scores_of<q>(query + size_t(m) * D_PAD, keys, tiles[t], s + size_t(m) * LINE + at);
-      });
-      adjust(call, s + at, LINE, queries, tiles[t], b, k, row);
-      at += tiles[t].count;
+  // The first tiles: STREAMS whole ones, or a single one; none at all where `count` is 0.
+  Strip strip_of(const Rows& rows, const Tile* tiles, int count) const {
+    Strip strip{{}, rows.row, 0, 0};
+    if (count <= 0) return strip;
+    while (strip.streams < least(STREAMS, count) && tiles[strip.streams].count == call.tile) ++strip.streams;
+    if (strip.streams != STREAMS) strip.streams = 1;
+    strip.count = tiles[0].count;
+    for (int x = 0; x < STREAMS; ++x) strip.first[x] = rows.at(tiles[x % strip.streams].first);
+    return strip;
+  }
+
+  // Calls `run` for all strips of the tiles; `after` is what is read behind them.
+  template <int MOST, class Run>
+  void in_strips(const Rows& rows, const Tile* tiles, int count, const Strip& after, Run run) const {
+    Strip strip = strip_of(rows, tiles, count);
+    for (int t = 0, at = 0; t < count;) {
+      const int then = t + strip.streams;
+      const Strip next = then < count ? strip_of(rows, tiles + then, count - then) : after.streams ? after : strip;
+      for (int from = 0, by = BATCH * STREAMS / strip.streams; from < strip.count; from += by)
+        in_blocks<MOST>(queries, [&](auto q, int m) {
+          const int to = least(from + by, strip.count);
+          const Ahead ahead{strip, next, m == 0};
+          if (strip.streams == STREAMS)
+            run(q, Number<STREAMS>(), ahead, at, from, to, m);
+          else
+            run(q, Number<1>(), ahead, at, from, to, m);
+        });
+      at += strip.streams * strip.count;
+      t = then;
+      strip = next;
     }
-    weigh(state, s, LINE, queries, at, DV_PAD);
-    at = 0;
-    for (int t = 0; t < count; ++t) {
-      const Ahead ahead{values.at(tiles[least(t + 1, count - 1)].first), values.row, t + 1 < count ? tiles[t + 1].count : 0};
-      in_blocks(queries, [&](auto q, int m) {
-        weighted<q>(state.out + size_t(m) * DV_PAD, s + size_t(m) * LINE + at, values.at(tiles[t].first), values.row,
-                    tiles[t].count, m == 0 ? ahead : Ahead{});
-      });
-      at += tiles[t].count;
-    }
+  }
+
+  // One step of the softmax: all keys of a span, then all values. Behind it come `more` tiles.
+  void span(State& state, const float* query, float* s, const Rows& keys, const Rows& values, const Tile* tiles, int count, int more, int b, int k) const {
+    in_strips<4>(keys, tiles, count, strip_of(values, tiles, count), [&](auto q, auto streams, const Ahead& ahead, int at, int from, int to, int m) {
+      scores_of<q, streams>(query + size_t(m) * D_PAD, ahead, from, to, s + size_t(m) * LINE + at);
+    });
+    int all = 0;
+    for (int t = 0; t < count; all += tiles[t++].count) adjust(call, s + all, LINE, queries, tiles[t], b, k, row);
+    weigh(state, s, LINE, queries, all, DV_PAD);
+    in_strips<Q_AT_ONCE>(values, tiles, count, strip_of(keys, tiles + count, more), [&](auto q, auto streams, const Ahead& ahead, int at, int from, int to, int m) {
+      weighted<q, streams>(state.out + size_t(m) * DV_PAD, s + size_t(m) * LINE + at, ahead, from, to);
+    });
   }
 
   void write(const State& state, int b, int k) const {
@@ -646,7 +794,7 @@ int decode(const Call& call) {
         for (int64_t next; at < end; at = next) {
           next = least(end, at + SPAN / tile);
           if (list.count != 0)
-            work.span(state, query, s, keys, values, list.data + (at - head * each), int(next - at), b, k);
+            work.span(state, query, s, keys, values, list.data + (at - head * each), int(next - at), int(end - next), b, k);
         }
         if (whole) work.write(state, b, k);
       }
@@ -666,26 +814,26 @@ int decode(const Call& call) {
 
 // ---- prefill -------------------------------------------------------------------------------------------------------
 
-constexpr int MR = 6, NR = 2 * W;          // the block of results that stays in registers
+constexpr int MR = 6, NR = 2 * WIDE;       // the block of results that stays in registers
 constexpr int BLOCK_KEYS = 64;
-constexpr int BLOCK_ROWS = GROUP >= 96 ? 1 : 96 / GROUP;
+constexpr int BLOCK_ROWS = GROUP >= 192 ? 1 : 192 / GROUP;
 constexpr int QUERIES = (BLOCK_ROWS * GROUP + MR - 1) / MR * MR;
 constexpr int DV_NR = (DV + NR - 1) / NR * NR;
 
 // c[MR][NR] (+)= a[MR][depth] * b[depth][NR]
 template <bool ADD>
 inline void multiply(const float* a, int a_row, const float* b, int b_row, float* c, int c_row, int depth) {
-  V sum[MR][2];
+  WideV sum[MR][2];
 #pragma GCC unroll 6
   for (int m = 0; m < MR; ++m) {
-    sum[m][0] = ADD ? load_floats(c + size_t(m) * c_row) : V{};
-    sum[m][1] = ADD ? load_floats(c + size_t(m) * c_row + W) : V{};
+    sum[m][0] = ADD ? load_floats<WideV>(c + size_t(m) * c_row) : WideV{};
+    sum[m][1] = ADD ? load_floats<WideV>(c + size_t(m) * c_row + WIDE) : WideV{};
   }
   for (int d = 0; d < depth; ++d) {
-    V x = load_floats(b + size_t(d) * b_row), y = load_floats(b + size_t(d) * b_row + W);
+    WideV x = load_floats<WideV>(b + size_t(d) * b_row), y = load_floats<WideV>(b + size_t(d) * b_row + WIDE);
 #pragma GCC unroll 6
     for (int m = 0; m < MR; ++m) {
-      V q = splat(a[size_t(m) * a_row + d]);
+      WideV q = splat<WideV>(a[size_t(m) * a_row + d]);
       sum[m][0] += q * x;
       sum[m][1] += q * y;
     }
@@ -693,18 +841,54 @@ inline void multiply(const float* a, int a_row, const float* b, int b_row, float
 #pragma GCC unroll 6
   for (int m = 0; m < MR; ++m) {
     store_floats(c + size_t(m) * c_row, sum[m][0]);
-    store_floats(c + size_t(m) * c_row + W, sum[m][1]);
+    store_floats(c + size_t(m) * c_row + WIDE, sum[m][1]);
+  }
+}
+
+// Eight vectors, rows of a square, become its columns.
+inline void transpose(V* v) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    V x = v[i], y = v[i + 1];
+    v[i] = __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14);
+    v[i + 1] = __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    int i = k / 2 * 4 + k % 2;
+    V x = v[i], y = v[i + 2];
+    v[i] = __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[i + 2] = __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    V x = v[i], y = v[i + 4];
+    v[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 
 // Keys as [D][BLOCK_KEYS], so that a vector holds one entry of many keys. Keys behind the last one are zero.
 inline void pack_keys(float* to, const Rows& keys, const Tile& tile) {
-  constexpr int SIDE = 8;
-  for (int j0 = 0; j0 < BLOCK_KEYS; j0 += SIDE) {
-    const Element* rows[SIDE];
-    for (int r = 0; r < SIDE; ++r) rows[r] = j0 + r < tile.count ? keys.at(tile.first + j0 + r) : nullptr;
-    for (int d = 0; d < D; ++d)
-      for (int r = 0; r < SIDE; ++r) to[size_t(d) * BLOCK_KEYS + j0 + r] = rows[r] == nullptr ? 0.0f : to_float(rows[r][d]);
+  for (int j = 0; j < BLOCK_KEYS; j += W) {
+    const Element* rows[W];
+    for (int r = 0; r < W; ++r) rows[r] = keys.at(tile.first + least(j + r, tile.count - 1));
+    for (int c = 0; c < CHUNKS; ++c) {
+      V a[W], b[W];
+#pragma GCC unroll 8
+      for (int r = 0; r < W; ++r) {
+        const Pair<V> x = load_chunk<D, V>(rows[r], c);
+        a[r] = j + r < tile.count ? x.a : V{};
+        b[r] = j + r < tile.count ? x.b : V{};
+      }
+      transpose(a);
+      transpose(b);
+      for (int r = 0; r < W; ++r) {
+        const int first = c * CHUNK + (INTERLEAVED ? 2 * r : r), second = c * CHUNK + (INTERLEAVED ? 2 * r + 1 : W + r);
+        if (first < D) store_floats(to + size_t(first) * BLOCK_KEYS + j, a[r]);
+        if (second < D) store_floats(to + size_t(second) * BLOCK_KEYS + j, b[r]);
+      }
+    }
   }
 }
 
