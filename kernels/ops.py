@@ -51,6 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: ``[.., I]``. weight: ``[O, I]``. bias: ``[O]``.
     """
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)  # a compiler has products of its own
     threads = torch.get_num_threads()
     out, width = weight.shape
     if (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpass.ir import Attention, Layout
-from kvpass.lowering import build, cpp
+from kvpass.lowering import build, cpp, op
 
 # With up to so many queries of a group the keys are streamed once; with more, blocks of queries share packed blocks of
 # keys.
@@ -138,6 +138,15 @@ def lower(spec: Attention, key: Layout | None, value: Layout | None) -> Callable
         NoCompiler: the source cannot be compiled here.
     """
     made = kernel(spec)
+    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value))
+    attention.static = (spec,)
+    attention.source = made.source
+    attention.lowering = f"C++ {build.name_of(made.source)}"
+    return attention  # type: ignore[no-any-return]
+
+
+def _direct(spec: Attention, key: Layout | None, value: Layout | None) -> Callable[..., Tensor]:
+    made = kernel(spec)
 
     def attention(
         query: Tensor,
@@ -149,9 +158,6 @@ def lower(spec: Attention, key: Layout | None, value: Layout | None) -> Callable
     ) -> Tensor:
         return made(query, _rows(key, key_rows), _rows(value, value_rows), start, rows, reads)
 
-    attention.static = (spec,)  # type: ignore[attr-defined]
-    attention.source = made.source  # type: ignore[attr-defined]
-    attention.lowering = f"C++ {build.name_of(made.source)}"  # type: ignore[attr-defined]
     return attention
 
 
@@ -160,3 +166,6 @@ def _rows(layout: Layout | None, given: Sequence[Any]) -> Rows:
         return Rows.paged(layout, *given)
     (x,) = given
     return Rows.dense(x if x.stride(3) == 1 else x.contiguous())
+
+
+op.implement("CPU", lambda spec, key, value, _: _direct(spec, key, value))

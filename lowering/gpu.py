@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpass.ir import Attention, Layout, Step
-from kvpass.lowering import build, triton
+from kvpass.lowering import build, op, triton
 
 # With up to so many queries of a group the keys are streamed once.
 MOST_DECODED = 64
@@ -50,6 +50,14 @@ def lower(
     if key is None or value is None or {key.before, value.before} - {0, 1} or (key.outside and key.factor != 1):
         raise NotImplementedError("keys or values that are not in pages, head by head")
     shown = _shown(replace(spec, page_size=page_size, step=Step.DECODE), arch)
+    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value, arch))
+    attention.static = (spec,)
+    attention.source = shown
+    attention.lowering = f"Triton {build.name_of(shown)}"
+    return attention  # type: ignore[no-any-return]
+
+
+def _direct(spec: Attention, key: Layout, value: Layout, arch: str) -> Callable[..., Tensor]:
     loaded: dict[Any, Any] = {}  # beside `module`, whose key takes longer to hash than a call may take
 
     def attention(
@@ -70,9 +78,6 @@ def lower(
         result: Tensor = made.attention(query, key_pool, value_pool, key_table, value_table, start, rows, dense, out)
         return result
 
-    attention.static = (spec,)  # type: ignore[attr-defined]
-    attention.source = shown  # type: ignore[attr-defined]
-    attention.lowering = f"Triton {build.name_of(shown)}"  # type: ignore[attr-defined]
     return attention
 
 
@@ -80,3 +85,12 @@ def _strides(layout: Layout, pool: Tensor) -> triton.Strides:
     strides = pool.stride()
     page, row = strides[layout.before], strides[layout.before + 1]
     return triton.Strides(None if layout.outside else layout.factor, page, row)
+
+
+def _on(spec: Attention, key: Layout | None, value: Layout | None, device: torch.device) -> Callable[..., Tensor]:
+    if key is None or value is None:
+        raise NotImplementedError("keys or values that are not in pages")
+    return _direct(spec, key, value, architecture(device))
+
+
+op.implement("CUDA", _on)
