@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 from kvpass import demos
 from kvpass.errors import InputError
 from kvpass.huggingface import import_transformers
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from kvpass.progress import progress, waiting
 
 Forward: TypeAlias = Callable[[Tensor], Tensor]  # ids [1, T] to logits [1, 1 or T, V]
 
@@ -217,33 +214,3 @@ def _verdict(tracks: Sequence[Track], decode: Callable[[list[int]], str]) -> int
     count = {2: "two", 3: "three"}[len(tracks)]
     print(f"the {count} token sequences are {'equal' if found is None else 'NOT equal: ' + found}")
     return 0 if found is None else 1
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A bar on standard error that vanishes when done; nothing where standard error is no terminal.
-
-    Raises:
-        InputError: rich is not installed.
-    """
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError as error:
-        raise InputError("rich is not installed: pip install 'kvpass[demo]'") from error
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A moving bar with the time elapsed, for work whose end is not known."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        raise InputError("rich is not installed: pip install 'kvpass[demo]'") from error
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        bar.add_task(what, total=None)
-        yield

@@ -6,6 +6,7 @@ so that any number of processes may build at once; one that is damaged is built 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,7 +16,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from kvpass.progress import counted
 
 FLAGS = (
     "-std=c++17",
@@ -85,6 +90,14 @@ def openmp() -> tuple[str, ...]:
     return ("-fopenmp", found[0]) if found and gnu else ()
 
 
+def _place(source: str, flags: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
+    """Where the library of a source belongs, and the flags that make it."""
+    path, link = compiler(), openmp()
+    words = [*FLAGS, *link[:1], *flags, *shlex.split(os.environ.get("KVPASS_CXXFLAGS", ""))]
+    key = hashlib.sha256("\0".join((source, *words, *link[1:], _compiler_version(path), _cpu())).encode()).hexdigest()
+    return cache_folder() / "cpp" / key[:2] / f"{key}.so", words
+
+
 def shared_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     """The path of the compiled source; compiled now if it is not there.
 
@@ -93,16 +106,12 @@ def shared_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     Raises:
         NoCompiler: no compiler, or an error of the compiler, which is in the message.
     """
-    path = compiler()
-    link = openmp()
-    words = [*FLAGS, *link[:1], *flags, *shlex.split(os.environ.get("KVPASS_CXXFLAGS", ""))]
-    key = hashlib.sha256("\0".join((source, *words, *link[1:], _compiler_version(path), _cpu())).encode()).hexdigest()
-    folder = cache_folder() / "cpp" / key[:2]
-    library = folder / f"{key}.so"
+    library, words = _place(source, flags)
     if library.exists():
         return library
+    path, link, folder = compiler(), openmp(), library.parent
     folder.mkdir(parents=True, exist_ok=True)
-    text = folder / f"{key}.cpp"
+    text = library.with_suffix(".cpp")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         inner = Path(scratch) / "kernel.cpp"
         inner.write_text(source)
@@ -114,6 +123,24 @@ def shared_library(source: str, flags: tuple[str, ...] = ()) -> Path:
         inner.replace(text)
         made.replace(library)
     return library
+
+
+def shared_libraries(sources: Iterable[str]) -> None:
+    """Compile those that are not there yet side by side, with a bar on a terminal.
+
+    What fails is left for `shared_library` to report.
+    """
+    missing = [source for source in dict.fromkeys(sources) if not _place(source)[0].exists()]
+    if len(missing) < 2:
+        return
+
+    def build(source: str) -> None:
+        with contextlib.suppress(NoCompiler, OSError):
+            shared_library(source)
+        done()
+
+    with counted("compiling kernels", len(missing)) as done, ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, missing))
 
 
 def _call(words: list[str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from kvpass.ir import Attention, Layout
-from kvpass.lowering import build, cpu, gpu
+from kvpass.lowering import build, cpp, cpu, gpu
 
 log = logging.getLogger("kvpass")
 _said: set[str] = set()
@@ -27,6 +28,17 @@ def lower(
     except NotImplementedError as error:
         log.debug("no kernel for %s: %s", spec, error)
     return None
+
+
+def prepare(wanted: Iterable[tuple[Attention, torch.device]]) -> None:
+    """Build the kernels of a graph side by side, before `lower` asks for one after the other."""
+    sources = []
+    for spec, device in wanted:
+        if device.type == "cpu":
+            with contextlib.suppress(NotImplementedError):  # `lower` says so
+                sources.append(cpp.source(spec))
+    with contextlib.suppress(build.NoCompiler):
+        build.shared_libraries(sources)
 
 
 def _say(text: str) -> None:

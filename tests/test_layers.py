@@ -22,6 +22,7 @@ LEVELS = {
     "analysis": 1,
     "cache": 1,
     "kernels": 1,
+    "progress": 1,
     "transforms": 2,
     "lowering": 2,
     "runtime": 3,
@@ -40,11 +41,12 @@ OPEN = {
     "ir": {"errors", "config"},
     "errors": {"ir", "config"},
     "config": {"ir", "errors"},
+    "progress": {"errors"},
     "analysis": {"ir", "errors", "config"},
     "cache": {"ir", "errors", "config"},
     "kernels": {"ir", "errors", "config"},
     "transforms": {"ir", "errors", "config", "analysis"},
-    "lowering": {"ir", "errors", "config", "kernels"},
+    "lowering": {"ir", "errors", "config", "progress", "kernels"},
 }
 NO_TORCH = {"cache.blocks", "cache.prefix", "cache.eviction"}
 BANNED = {"kernels", "lowering"}

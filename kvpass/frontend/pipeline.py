@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpass.analysis.sweep import analyze
 from kvpass.ir import Captured
 from kvpass.kernels import ops
-from kvpass.lowering.choose import lower
+from kvpass.lowering.choose import lower, prepare
 from kvpass.transforms.normalise import normalise
 from kvpass.transforms.plan import plan
 from kvpass.transforms.recognise import recognise
@@ -22,4 +22,5 @@ def incrementalise(captured: Captured) -> Incremental:
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
+    prepare((match.spec, node.meta["val"].device) for node, match in attentions.items())  # compile, side by side
     return rewrite(cut, ops, attentions, lower)  # rebuild from the outputs by demand

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +168,29 @@ def test_other_vectors(flags: str, dtype: torch.dtype, monkeypatch: pytest.Monke
     for new in (1, 3, 40):
         test_cpp.check(attention(6, 2, 72, 64, dtype, "window", "soft_cap"), Shape(new=new, cached=130))
     cpu.kernel.cache_clear()
+
+
+def test_several_kernels_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [SOURCE.replace("42", str(k)) for k in range(4)]
+    moved: list[int] = []
+
+    @contextmanager
+    def counted(what: str, total: int) -> Iterator[Any]:
+        yield lambda: moved.append(total)
+
+    monkeypatch.setattr(build, "counted", counted)
+    build.shared_libraries([*sources, "no C++", sources[0]])
+    assert moved == [5] * 5
+    monkeypatch.setattr(build, "_call", None)
+    assert [build.load(source).answer() for source in sources] == [0, 1, 2, 3]
+    build.shared_libraries(sources)
+    assert len(moved) == 5
+
+
+def test_a_graph_has_its_kernels_compiled_before_it_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(build, "shared_libraries", given.extend)
+    cpu = torch.device("cpu")
+    meta = torch.device("meta")
+    choose.prepare([(attention(4, 2, 16), cpu), (attention(4, 2, 2000), cpu), (attention(4, 2, 24), meta)])
+    assert given == [cpp.source(attention(4, 2, 16))]
