@@ -89,6 +89,19 @@ ARCHITECTURES = {
         bandwidth=2.039e12,
         tensor_flops=312e12,
     ),
+    # "NVIDIA A40" datasheet (throughput without sparsity) and product brief (clock).
+    "sm_86": Architecture(
+        device="A40",
+        target=86,
+        threads=1536,
+        blocks=16,
+        shared_bytes=100 * KIB,
+        shared_limit=99 * KIB,
+        multiprocessors=84,
+        clock=1.74e9,
+        bandwidth=0.696e12,
+        tensor_flops=149.7e12,
+    ),
     # "NVIDIA L40S" datasheet (throughput without sparsity) and product brief (clock).
     "sm_89": Architecture(
         device="L40S",

@@ -16,12 +16,12 @@ _said: set[str] = set()
 
 
 def lower(
-    spec: Attention, device: torch.device, key: Layout | None, value: Layout | None
+    spec: Attention, device: torch.device, key: Layout | None, value: Layout | None, *, autotune: bool = False
 ) -> Callable[..., torch.Tensor] | None:
     """A generated kernel, or None for the reference (`kvpass.ir.Lowering`); why, is logged once."""
     try:
         if device.type == "cuda":
-            return gpu.lower(spec, key, value, gpu.architecture(device))
+            return gpu.lower(spec, key, value, gpu.architecture(device), autotune=autotune)
         return cpu.lower(spec, key, value) if device.type == "cpu" else None
     except build.NoCompiler as error:
         _say(f"attention runs on PyTorch's own kernels, several times slower: {error}")

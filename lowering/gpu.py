@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpass.ir import Attention, Layout, Step
-from kvpass.lowering import build, op, triton
+from kvpass.lowering import build, op, triton, tune
+from kvpass.lowering.triton_config import Config
 
 # With up to so many queries of a group the keys are streamed once.
 MOST_DECODED = 64
@@ -26,9 +27,25 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def module(spec: Attention, arch: str, keys: triton.Strides, values: triton.Strides) -> Any:
+def module(spec: Attention, arch: str, keys: triton.Strides, values: triton.Strides, how: Config | None = None) -> Any:
     """The loaded module of a shape."""
-    return triton.load(triton.source(spec, arch, keys, values))
+    return triton.load(triton.source(spec, arch, keys, values, how))
+
+
+def _tuned(spec: Attention, arch: str, keys: triton.Strides, values: triton.Strides, given: tuple[Any, ...]) -> Config:
+    """The fastest configuration for a call like this one."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    def measure(how: Config) -> float | None:
+        made = triton.load(triton.source(spec, arch, keys, values, how))
+        try:
+            return float(do_bench(lambda: made.attention(*given), return_mode="median"))
+        except OutOfResources:
+            return None
+
+    name = torch.cuda.get_device_name(given[0].device)
+    return tune.winner(spec, arch, name, triton.source(spec, arch, keys, values), measure)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -37,12 +54,13 @@ def _shown(spec: Attention, arch: str) -> str:
 
 
 def lower(
-    spec: Attention, key: Layout | None, value: Layout | None, arch: str, page_size: int = 64
+    spec: Attention, key: Layout | None, value: Layout | None, arch: str, page_size: int = 64, autotune: bool = False
 ) -> Callable[..., Tensor]:
     """The kernel of one attention of a graph, as `kvpass.ir.Lowering` says.
 
     Args:
         page_size: for which the source is shown; a call takes it from its pools.
+        autotune: the first call of a shape measures configurations (`kvpass.lowering.tune`).
 
     Raises:
         NotImplementedError: the shape has no words in Triton; keys or values are not in pages.
@@ -50,14 +68,14 @@ def lower(
     if key is None or value is None or {key.before, value.before} - {0, 1} or (key.outside and key.factor != 1):
         raise NotImplementedError("keys or values that are not in pages, head by head")
     shown = _shown(replace(spec, page_size=page_size, step=Step.DECODE), arch)
-    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value, arch))
+    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value, arch, autotune))
     attention.static = (spec,)
     attention.source = shown
     attention.lowering = f"Triton {build.name_of(shown)}"
     return attention  # type: ignore[no-any-return]
 
 
-def _direct(spec: Attention, key: Layout, value: Layout, arch: str) -> Callable[..., Tensor]:
+def _direct(spec: Attention, key: Layout, value: Layout, arch: str, autotune: bool = False) -> Callable[..., Tensor]:
     loaded: dict[Any, Any] = {}  # beside `module`, whose key takes longer to hash than a call may take
 
     def attention(
@@ -67,15 +85,17 @@ def _direct(spec: Attention, key: Layout, value: Layout, arch: str) -> Callable[
         new = query.shape[2]
         start = rows - new  # other queries than those of the last rows see every key
         step = Step.DECODE if new * spec.group <= MOST_DECODED else Step.PREFILL
-        which = step, key_pool.shape[key.before + 1]
-        if which not in loaded:
-            sized = replace(spec, page_size=which[1], step=step)
-            loaded[which] = module(sized, arch, _strides(key, key_pool), _strides(value, value_pool))
-        made = loaded[which]
         query = query if query.stride(3) == 1 else query.contiguous()
         out = query.new_empty(query.shape[0], new, spec.heads, spec.value_size, dtype=spec.dtype).transpose(1, 2)
         dense = tuple(read if read.is_contiguous() else read.contiguous() for read in reads)
-        result: Tensor = made.attention(query, key_pool, value_pool, key_table, value_table, start, rows, dense, out)
+        given = (query, key_pool, value_pool, key_table, value_table, start, rows, dense, out)
+        which = step, key_pool.shape[key.before + 1]
+        if which not in loaded:
+            sized = replace(spec, page_size=which[1], step=step)
+            strides = _strides(key, key_pool), _strides(value, value_pool)
+            how = _tuned(sized, arch, *strides, given) if autotune else None
+            loaded[which] = module(sized, arch, *strides, how)
+        result: Tensor = loaded[which].attention(*given)
         return result
 
     return attention

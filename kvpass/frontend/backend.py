@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -36,10 +37,12 @@ class Options:
     Attributes:
         cache: where rows are kept; the process-wide one by default.
         verify: compare the rewritten graph with the captured one, on the real weights, before it is used.
+        autotune: on a GPU, measure configurations of each attention kernel on its first call; winners stay on disk.
     """
 
     cache: Cache | None = None
     verify: bool = True
+    autotune: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
@@ -57,8 +60,10 @@ class Options:
         options = cls(**(given or {}))
         if options.cache is not None and not isinstance(options.cache, Cache):
             raise errors.OptionError(f"cache must be a kvpass.Cache, not {type(options.cache).__name__}")
-        if not isinstance(options.verify, bool):
-            raise errors.OptionError(f"verify must be True or False, not {options.verify!r}")
+        for name in ("verify", "autotune"):
+            value = getattr(options, name)
+            if not isinstance(value, bool):
+                raise errors.OptionError(f"{name} must be True or False, not {value!r}")
         return options
 
 
@@ -103,14 +108,14 @@ def kvpass(
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
             captured = capture(gm, example_inputs)
-            incremental = incrementalise(captured)
+            incremental = incrementalise(captured, autotune=chosen.autotune)
             unchecked = chosen.verify and not _checked(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
-    program = Program(captured, incremental, gm.forward, cache, _rebuild)
+    program = Program(captured, incremental, gm.forward, cache, partial(_rebuild, autotune=chosen.autotune))
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, gm, args))
     _record(Record(captured, program, None))
@@ -131,10 +136,10 @@ def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, a
     return True
 
 
-def _rebuild(captured: Captured) -> Incremental:
+def _rebuild(captured: Captured, *, autotune: bool) -> Incremental:
     """The pipeline again, for constants whose contents the proof had used."""
     with _defects_named():
-        return incrementalise(captured)
+        return incrementalise(captured, autotune=autotune)
 
 
 @contextmanager

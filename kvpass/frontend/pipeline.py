@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kvpass.analysis.sweep import analyze
 from kvpass.ir import Captured
 from kvpass.kernels import ops
@@ -12,8 +14,11 @@ from kvpass.transforms.recognise import recognise
 from kvpass.transforms.rewrite import Incremental, rewrite
 
 
-def incrementalise(captured: Captured) -> Incremental:
+def incrementalise(captured: Captured, *, autotune: bool = False) -> Incremental:
     """From a captured graph to one that computes new rows only.
+
+    Args:
+        autotune: kernels of a GPU are measured in several configurations when they are first called.
 
     Raises:
         Refusal: the proof did not go through; the graph is to be run as it is.
@@ -23,4 +28,4 @@ def incrementalise(captured: Captured) -> Incremental:
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
     prepare((match.spec, node.meta["val"].device) for node, match in attentions.items())  # compile, side by side
-    return rewrite(cut, ops, attentions, lower)  # rebuild from the outputs by demand
+    return rewrite(cut, ops, attentions, partial(lower, autotune=autotune))  # rebuild from the outputs by demand

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
-import torch
+from dataclasses import replace
+import torch, triton.testing
 from kvpass.ir import Layout
-from kvpass.lowering import gpu
+from kvpass.lowering import gpu, tune
+from kvpass.lowering.triton_config import config
 from tests.lowering.cases import POOL, Inputs, Shape, assert_as_good_as_plain, attention
 
 inside = Layout(before=0, outside=False, factor=32)
@@ -24,11 +27,24 @@ for mask, new, cached, page_size in (("window", 1, 70, 16), ("padding", 3, 40, 1
     found = by_row(inputs.query, (turned, key_table, -1), (values, value_table, -1), cached, rows, inputs.reads)
     assert_as_good_as_plain(found, inputs)
     assert found.transpose(1, 2).is_contiguous()
+
+tuned = []
+triton.testing.do_bench = lambda run, return_mode: tuned.append(run()) or -len(tuned)
+torch.cuda.get_device_name = lambda device: "a device"
+tune.candidates = lambda spec, arch: [config(spec, arch), replace(config(spec, arch), block_n=16)]
+inputs = Inputs(attention(4, 2, 32), Shape(new=1, cached=70, page_size=16))
+(keys, key_table), (values, value_table) = inputs.pages(inputs.key), inputs.pages(inputs.value)
+call = inputs.query, (keys, key_table, -1), (values, value_table, -1), 70, 71, []
+for _ in range(2):
+    kernel = gpu.lower(inputs.spec, POOL, POOL, "sm_90", autotune=True)
+    assert_as_good_as_plain(kernel(*call), inputs)
+    assert_as_good_as_plain(kernel(*call), inputs)
+assert len(tuned) == 2, len(tuned)  # the second kernel finds the winner on the disk
 print("same")
 """
 
 
-def test_a_graph_on_a_gpu() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
+def test_a_graph_on_a_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "KVPASS_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "same\n", done.stderr[-3000:]

@@ -259,7 +259,7 @@ def test_roofline() -> None:
     assert roofline("sm_90", 3.35e12, 3 * 989.4e12) == pytest.approx(3.0)
 
 
-PRODUCTS = {"sm_80": 2048, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 512, "gfx942": 2048}
+PRODUCTS = {"sm_80": 2048, "sm_86": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 512, "gfx942": 2048}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -28,8 +28,8 @@ def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
         seen[..., 1:] |= seen[..., :-1].clone()
         return seen
 
-    def lower(spec: Attention, *rest: Any) -> Any:
-        return kernel(replace(spec, support=spec.support.xreplace({I: I + 1})), *rest)
+    def lower(spec: Attention, *rest: Any, **options: Any) -> Any:
+        return kernel(replace(spec, support=spec.support.xreplace({I: I + 1})), *rest, **options)
 
     patch.setattr(ops, "visible", visible)
     patch.setattr(pipeline, "lower", lower)
@@ -44,8 +44,8 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
         positions: Tensor = arange(first, last, step, **options)
         return positions + 1 if first else positions
 
-    def incrementalise(captured: Captured) -> Incremental:
-        incremental = right(captured)
+    def incrementalise(captured: Captured, **options: Any) -> Incremental:
+        incremental = right(captured, **options)
         for node in incremental.module.graph.nodes:
             if node.target is arange:
                 node.target = shifted
