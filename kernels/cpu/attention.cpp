@@ -150,11 +150,16 @@ inline T held(T v) {
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return bits<float>(uint32_t(x.raw) << 16); }
 //: if half
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#elif !defined(__F16C__)
+typedef _Float16 Half;
+#endif
 inline float to_float(float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.raw);
 #else
-  return float(bits<_Float16>(x.raw));
+  return float(bits<Half>(x.raw));
 #endif
 }
 //: endif
@@ -168,7 +173,7 @@ inline void from_float(float x, float16& to) {
 #if defined(__F16C__)
   to.raw = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  to.raw = bits<uint16_t>(_Float16(x));
+  to.raw = bits<uint16_t>(Half(x));
 #endif
 }
 //: endif
