@@ -1,4 +1,4 @@
-"""The ``kvpass`` command: ``demo``, ``explain TARGET`` and ``dump TARGET``.
+"""The ``kvpass`` command: ``demo``, ``explain TARGET``, ``dump TARGET`` and ``kernels TARGET``.
 
 Exit codes: 0 proven (for the demo: all token sequences equal), 2 refused, 1 any error, a wrong argument included;
 130 after Ctrl-C.
@@ -66,7 +66,26 @@ def _parser() -> Parser:
     )
     dump.add_argument("--format", choices=["text", "dot", "svg", "json"], default="text")
     dump.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
+    _add_kernels(commands)
     return parser
+
+
+def _add_kernels(commands: Any) -> None:
+    from kvpass.lowering.architectures import ARCHITECTURES
+
+    what = "print what each generated attention kernel costs on a GPU; none is needed"
+    kernels = _add_target_command(commands, "kernels", what, _kernels)
+    of_known = f"of {', '.join(ARCHITECTURES)}, with commas between (default: %(default)s)"
+    kernels.add_argument("--arch", default="sm_90,gfx942", metavar="NAMES", help=of_known)
+    for name, default, least, text in (
+        ("--rows", 4096, 0, "cached rows of the call"),
+        ("--new", 1, 1, "new rows of a decode"),
+        ("--page-size", 64, 1, "rows of a page of the cache"),
+    ):
+        help_text = f"{text} (default: %(default)s)"
+        kernels.add_argument(name, type=_at_least(least), default=default, metavar="N", help=help_text)
+    kernels.add_argument("--format", choices=["text", "json"], default="text")
+    kernels.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
 
 
 def _add_demo(commands: Any) -> None:
@@ -93,6 +112,17 @@ def _token_count(text: str) -> int:
     return int(text)
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """A type of argument: a number of rows, as kernels count them."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 1 << 31:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up to 31 bits")
+        return int(text)
+
+    return number
+
+
 def _demo(args: argparse.Namespace) -> int:
     from kvpass import demo
 
@@ -109,6 +139,14 @@ def _dump(args: argparse.Namespace) -> int:
     from kvpass.report.cli import dump_command
 
     return dump_command(_compilations(args.target), args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from kvpass.report.cli import kernels_command
+    from kvpass.report.kernels import architectures
+
+    architectures(args.arch)  # a wrong name is said before a model is loaded
+    return kernels_command(_compilations(args.target), args)
 
 
 def _compilations(target: str) -> list[Any]:

@@ -9,6 +9,10 @@ os.environ.setdefault("KVPASS_CXXFLAGS", "-O1")  # hundreds of kernels that run 
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="write the golden text of generated kernels anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real models first: they take minutes, and the processes share out the small tests that are left."""
     items.sort(key=lambda item: item.get_closest_marker("weights") is None)

@@ -306,7 +306,7 @@ inline float exponential(float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  float scale = bits<float>((bits<int32_t>(shifted) << 23) + 0x3f800000);
+  float scale = bits<float>(int32_t(bits<uint32_t>(shifted) << 23) + 0x3f800000);
   return x < -87.33654f ? 0.0f : x > 88.0f ? INFINITE : p * scale;
 }
 

@@ -1,4 +1,4 @@
-"""``kvpass explain`` and ``kvpass dump``, given the compilations that one call of the model caused."""
+"""``kvpass explain``, ``dump`` and ``kernels``, given the compilations that one call of the model caused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvpass.errors import InputError
 from kvpass.report.dot import dot
 from kvpass.report.files import deliver
 from kvpass.report.gather import kernels_of
+from kvpass.report.kernels import Setting, architectures, data, measure, table
 from kvpass.report.machine import SCHEMA, captured_data, facts_data, incremental_data, plan_data
 from kvpass.report.partial import facts_of
 from kvpass.report.parts import Record, incremental_of
@@ -60,6 +61,32 @@ def dump_command(records: Sequence[Record], namespace: Namespace) -> int:
     except InputError as error:
         return _complain(str(error))
     return _delivered(text, output, Report.of(records))
+
+
+def kernels_command(records: Sequence[Record], namespace: Namespace) -> int:
+    """Print what the generated kernels cost on GPUs.
+
+    Args:
+        records: as for `explain_command`.
+        namespace: ``arch`` (names with commas between), ``rows``, ``new``, ``page_size`` (numbers), ``format`` ("text"
+            or "json"), ``output`` as for `dump_command`.
+
+    Returns:
+        As `explain_command`. Of a refused model the kernels of the graphs that are proven are shown, and the reasons.
+    """
+    report = Report.of(records)
+    try:
+        setting = Setting(architectures(namespace.arch), namespace.rows, namespace.new, namespace.page_size)
+        found = measure(filter(None, map(incremental_of, records)), setting)
+    except InputError as error:
+        return _complain(str(error))
+    if namespace.format == "json":
+        text = json.dumps(data(found, setting, report), indent=1)
+    elif report.proven:
+        text = table(found, setting)
+    else:
+        text = "\n\n".join([*([table(found, setting)] if found else []), str(report)])
+    return _delivered(text, namespace.output, report)
 
 
 def _delivered(text: str, output: str | None, report: Report) -> int:

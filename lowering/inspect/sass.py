@@ -197,8 +197,9 @@ def dominates(above: dict[Node, Node | None], header: Node, node: Node) -> bool:
 def main_loop(code: Sequence[Instruction], weight: Callable[[Instruction], int]) -> list[Instruction]:
     """The loop that loads most: what it runs in one pass, in order of address; empty if no loop loads anything.
 
-    ``weight`` says how much an instruction loads. A load belongs to the innermost loop around it. Both sides of a
-    branch are counted, so this is at least the longest pass.
+    ``weight`` says how much an instruction loads. A load belongs to the innermost loop around it. Of loops that load
+    equally much it is the shortest: the others do the same and mask it. Both sides of a branch are counted, so this is
+    at least the longest pass.
     """
     flow = Flow(code)
     loops = flow.loops()
@@ -207,7 +208,7 @@ def main_loop(code: Sequence[Instruction], weight: Callable[[Instruction], int])
         around = [header for header, body in loops.items() if node in body]
         if around:
             loads[min(around, key=lambda header: len(loops[header]))] += weight(code[node[1]])
-    most = max(loads, key=lambda header: loads[header], default=None)
+    most = max(loads, key=lambda header: (loads[header], -len(loops[header])), default=None)
     if most is None or not loads[most]:
         return []
     return [code[index] for _, index in sorted(loops[most], key=lambda node: (node[1], node[0]))]
