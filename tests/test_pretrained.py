@@ -102,6 +102,7 @@ def test_beams(pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     check_generate(pretrained, monkeypatch, inputs, do_sample=False, num_beams=4, max_new_tokens=12)
 
 
+@pytest.mark.soak
 @torch.no_grad()
 def test_sampling_with_a_seed(pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     check_generate(pretrained, monkeypatch, pretrained.encode(PROMPT), do_sample=True, top_k=20, max_new_tokens=12)

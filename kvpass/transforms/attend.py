@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -12,7 +13,7 @@ from torch import fx
 from kvpass.analysis.facts import Fact, Kind
 from kvpass.ir import H, Layout
 from kvpass.transforms.plan import NEW, Demand, canonical
-from kvpass.transforms.sides import Load, Recognised, Side
+from kvpass.transforms.sides import Load, Recognised, Side, at_stored
 
 if TYPE_CHECKING:
     from kvpass.transforms.rewrite import Builder
@@ -22,6 +23,10 @@ aten = torch.ops.aten
 
 def emit_attention(b: Builder, match: Recognised) -> fx.Node:
     """Queries of the new rows against all keys and values: ``[B, H, N, D]`` against ``[B, K, S, D]``."""
+    key, value = (
+        at_stored(b.analyzed, side, lambda n: b.plan.slot_of(n) is not None) for side in (match.key, match.value)
+    )
+    match = replace(match, key=key, value=value)
     query = _canonical(b, match.query, NEW)
     # Queries of the context have no first new row, and depend on nothing that grows.
     rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]

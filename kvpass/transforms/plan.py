@@ -41,6 +41,7 @@ HEAVY = (
 )
 
 
+MOVES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default)
 UNITS = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 
 
@@ -127,7 +128,7 @@ def plan(analyzed: Analyzed) -> Plan:
         sweep.ask(node, frozenset(analyzed.fact(node).wide))
     sweep.run()
     outputs = set(_output_nodes(analyzed))
-    stored = {_unpadded(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks)}
+    stored = {_before_moves(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks)}
     order = [n for n in analyzed.steps if n in stored]
     slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
     if not slots:
@@ -217,14 +218,24 @@ def _cut(analyzed: Analyzed, free: frozenset[fx.Node], sinks: dict[fx.Node, None
     return {place[0] for place in near if place != "demand" and place[1] == "out" and (place[0], "in") in far}
 
 
-def _unpadded(analyzed: Analyzed, node: fx.Node, outputs: set[fx.Node]) -> fx.Node:
-    """The same rows before axes of size one were added or taken away."""
-    while node.target in UNITS and node not in outputs:
+def _before_moves(analyzed: Analyzed, node: fx.Node, outputs: set[fx.Node]) -> fx.Node:
+    """The same rows before axes of size one were added or taken away, and before rows became columns.
+
+    ``q @ k.transpose(-2, -1)`` asks for ``[B, H, D, S]``, of which a row is strewn all over the memory.
+    """
+    while node not in outputs and (
+        node.target in UNITS or (node.target in MOVES and _rows_are_columns(analyzed, node))
+    ):
         (operand,) = analyzed.steps[node].operands
         if _cost(analyzed, operand) != _cost(analyzed, node):
             break
         node = operand
     return node
+
+
+def _rows_are_columns(analyzed: Analyzed, node: fx.Node) -> bool:
+    slot = _slot(analyzed, node, False)
+    return bool(slot.before) and not slot.after
 
 
 def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink: fx.Node) -> None:

@@ -16,7 +16,7 @@ from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
 from kvpass.ir import Attention, B, H, I, J, Read
-from kvpass.transforms.plan import UNITS
+from kvpass.transforms.plan import MOVES, UNITS
 
 aten = torch.ops.aten
 
@@ -155,6 +155,24 @@ def unrepeated(analyzed: Analyzed, side: Side) -> Side:
     move: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ks: tuple(place[k] for k in ks if k in place)  # noqa: E731
     batch = tuple(k for k, a in enumerate(analyzed.fact(node).atoms) if a.kind is Kind.BATCH)
     return Side(node, batch, move(tuple(kept)), move(side.row), move(side.depth), tuple(repeated))
+
+
+def at_stored(analyzed: Analyzed, side: Side, stored: Callable[[fx.Node], bool]) -> Side:
+    """The same operand at the stored value that it is a permutation of; as it is where there is none."""
+    node, place = side.node, {k: k for k in range(len(analyzed.fact(side.node).atoms))}
+    while not stored(node):
+        if node.target not in (*MOVES, *UNITS):
+            return side
+        step = analyzed.steps[node]
+        back = {link: k for k, link in enumerate(step.links[0]) if link is not None}
+        node, place = step.operands[0], {mine: back[k] for mine, k in place.items() if k in back}
+
+    def move(atoms: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(place[k] for k in atoms if k in place)
+
+    made = Side(node, move(side.batch), move(side.heads), move(side.row), move(side.depth), side.group)
+    sizes = [[count(analyzed.fact(s.node), atoms) for atoms in (s.heads, s.depth)] for s in (side, made)]
+    return made if sizes[0] == sizes[1] and len(made.row) == len(side.row) else side
 
 
 def always_keeps_a_key(support: Any) -> bool:

@@ -37,7 +37,9 @@ def run(*words: str, interpreted: bool) -> None:
     assert bad[0].endswith("checks, 0 bad")
 
 
-@pytest.mark.parametrize("words", [("grid", "fp32", "fp16"), ("drawn",), ("append",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [("grid", "fp32", "fp16"), pytest.param(("drawn",), marks=pytest.mark.soak), ("append",)], ids=" ".join
+)
 def test_values_by_the_interpreter(words: tuple[str, ...]) -> None:
     run(*words, interpreted=True)
 

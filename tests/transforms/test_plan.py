@@ -168,3 +168,34 @@ def test_one_sequence_and_several_share_their_rows() -> None:
     assert made[1] is not None
     assert len(names(made[0])) == 2
     assert names(made[0]) == names(made[1])
+
+
+def keys_as_columns(layer: Layer, x: Tensor) -> Tensor:
+    q, k, v = (heads(w(x), n) for w, n in ((layer.q, 4), (layer.k, 2), (layer.v, 2)))
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    scores = q.unflatten(1, (2, 2)) @ k.transpose(-2, -1).unsqueeze(2)
+    return merged((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.unsqueeze(2)).flatten(1, 2))
+
+
+def permuted_in_the_end(layer: Layer, x: Tensor) -> Tensor:
+    q, k, v = layer.q(x)[..., :16], layer.k(x), layer.v(x)
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return (torch.einsum("bid,bdj->bij", q, k.permute(0, 2, 1)).masked_fill(~seen, -1e9).softmax(-1) @ v).repeat(
+        1, 1, 2
+    )
+
+
+@pytest.mark.parametrize("function", [keys_as_columns, permuted_in_the_end])
+@torch.no_grad()
+def test_rows_are_stored_as_rows_and_read_where_they_are(function: Forward) -> None:
+    torch._dynamo.reset()
+    model, ids = Layer(function).eval(), torch.randint(16, (1, 40))
+    fast = kvpass.compile(model, cache=kvpass.Cache(page_size=8))
+    for length in (9, 10, 17, 40):
+        torch.testing.assert_close(fast(ids[:, :length]), model(ids[:, :length]), rtol=1e-4, atol=1e-5)
+    made = backend.records()[-1].program
+    assert made is not None
+    assert made.incremental is not None
+    assert all(slot.after for slot in made.incremental.plan.slots)
+    (call,) = [n for n in made.incremental.module.graph.nodes if hasattr(n.target, "source")]
+    assert [len(rows) for rows in call.args[1:3]] == [3, 3]  # pool, table, run: nothing is gathered
