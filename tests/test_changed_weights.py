@@ -142,6 +142,19 @@ def test_an_array_that_was_handed_out_may_be_written_into_at_any_time() -> None:
     assert not held.same((tensor,))
 
 
+def test_an_array_may_have_been_handed_out_before() -> None:
+    tensor = torch.zeros(1000, 8)
+    array = tensor.numpy()
+    held = Weights({"w": tensor})
+    assert held.unwatched == ["w"]
+    array[517, 3] = 1
+    assert not held.same((tensor,))
+    held = Weights({"w": tensor})
+    del array
+    assert held.same((tensor,))
+    assert held.unwatched == []
+
+
 def test_saving_is_no_change_and_leaves_the_mark() -> None:
     tensor, held = weight(1000, 8)
     for _ in range(6):

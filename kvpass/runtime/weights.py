@@ -2,9 +2,9 @@
 
 A stored row is only right for the weights that made it. Each constant is known by the SHA-256 of its contents; per call
 a change is noticed by the storage's address, by the version counter that every in-place op moves, and by the marks of
-`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``). What bears no mark is read in
-full in every call. An array over a weight that was made before the mark can be written into past all of them; against
-that a sample of the contents is looked at.
+`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``). What bears no mark, as
+a weight that an array made elsewhere may write into past it, is read in full in every call. A sample of the contents is
+looked at besides.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ class Storage:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.marked = False
         self.epoch = next(_epochs)
-        self._taken = False
+        self._taken = True
 
     def mark(self, tensor: Tensor, known: int) -> None:
         """Notice writes from now on; only for who holds `lock` and has read the contents.
 
-        Whoever took the last mark (``a = p.numpy()``) may write again later, past this one: there is none while more
-        tensors than the ``known`` ones are on the storage.
+        Whoever was given an array (``a = p.numpy()``) may write into it later, past the mark: there is none before all
+        tensors on the storage are ``known`` ones, and again whenever the last one was taken.
         """
         if self.marked:
             _mark(tensor)  # reading may have taken it
