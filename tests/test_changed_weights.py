@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kvpass
+from kvpass.analysis.identity import digest_of
 from kvpass.runtime import weights
 from kvpass.runtime.weights import Weights
 
@@ -112,6 +113,54 @@ def test_every_program_sees_a_write() -> None:
     tensor.data[517, 3] = 2
     assert not second.same((tensor,))
     assert not first.same((tensor,))
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on a device"])
+def test_every_program_relies_on_the_mark(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_on_host", lambda tensor: on_host)
+    tensor, first = weight(1000, 8)
+    second = Weights({"w": tensor})
+    assert first.unwatched == second.unwatched == []
+    assert first.same((tensor,))
+    assert second.same((tensor,))
+
+
+def test_a_write_while_the_contents_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1000, 8)
+
+    def digest_and_write(of: Tensor) -> bytes:
+        digest = digest_of(of)
+        tensor.data[517, 3] = 1
+        return digest
+
+    monkeypatch.setattr(weights, "digest_of", digest_and_write)
+    held = Weights({"w": tensor})
+    monkeypatch.undo()
+    assert not held.same((tensor,))
+
+
+def test_a_write_while_the_contents_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, outside = torch.zeros(1000, 8), foreign(10)
+    held = Weights({"w": tensor, "read": nn.Parameter(outside, False)})
+    assert held.unwatched == ["read"]
+
+    def digest_and_write(of: Tensor) -> bytes:
+        tensor.data[517, 3] = 1
+        return digest_of(of)
+
+    monkeypatch.setattr(weights, "digest_of", digest_and_write)
+    held.same(held.tensors)
+    monkeypatch.undo()
+    assert not held.same(held.tensors)
+
+
+def test_what_two_programs_read_in_every_call_stays_what_it_is() -> None:
+    outside = foreign(1000, 8)
+    tensor = nn.Parameter(outside, False)
+    first, second = Weights({"w": tensor}), Weights({"w": tensor})
+    for _ in range(2):
+        assert first.same((tensor,))
+        assert second.same((tensor,))
 
 
 def test_tied_weights_share_the_mark() -> None:

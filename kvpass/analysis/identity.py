@@ -7,6 +7,7 @@ function of its own sequence.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -122,8 +123,12 @@ def _axis(dim: tuple[Atom, ...], rename: dict[Any, Any]) -> str:
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
-    """SHA-256 of a tensor's dtype, shape and contents."""
+    """SHA-256 of a tensor's dtype, shape and contents.
+
+    ``numpy()`` would ask for a writable pointer, which is how `kvpass.runtime.written` tells that somebody may write.
+    """
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    data: Any = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+    address = torch._C._data_address(plain)  # type: ignore[attr-defined]
+    data = (ctypes.c_char * plain.nbytes).from_address(address) if plain.nbytes else b""
     return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()

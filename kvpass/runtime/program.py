@@ -217,8 +217,8 @@ def _unwatched(weights: Weights) -> str:
     size = sum(held[name].nbytes for name in weights.unwatched) / 2**20
     return (
         f"{len(weights.unwatched)} weights ({size:.0f} MiB, the first is {weights.unwatched[0]}) are read in every "
-        "call to notice changes: their memory is not torch's own, or an array over them was handed out. "
-        "A clone of them, or dropping the array, makes that unnecessary"
+        "call to notice changes: their memory is not torch's own, or another tensor or an array shares it. "
+        "A clone of them, or dropping the other, makes that unnecessary"
     )
 
 

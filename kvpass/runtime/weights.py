@@ -9,6 +9,7 @@ looked at besides.
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, is_
@@ -23,7 +24,7 @@ from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
 _digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
-_arrays: Any = WeakIdKeyDictionary()  # tensor -> (address, a view of its sample); one for all programs
+_far: Any = WeakIdKeyDictionary()  # tensor on a device -> (address, a view of its sample): one for all programs
 # The address without the writable pointer that `data_ptr()` takes.
 _address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 
@@ -50,10 +51,17 @@ def _on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _array(tensor: torch.Tensor, peek: torch.Tensor) -> np.ndarray:
-    known = _arrays.get(tensor)
+def _near_view(peek: torch.Tensor) -> np.ndarray:
+    """By the address alone: no writable pointer is asked for, and no tensor is added to the storage."""
+    size, (stride,) = peek.element_size(), peek.stride()
+    memory: Any = (ctypes.c_char * ((len(peek) - 1) * stride * size + size)).from_address(_address(peek))
+    return np.ndarray((len(peek),), str(peek.dtype).removeprefix("torch."), memory, strides=(stride * size,))
+
+
+def _far_view(tensor: torch.Tensor, peek: torch.Tensor) -> torch.Tensor:
+    known = _far.get(tensor)
     if known is None or known[0] != _address(tensor):
-        known = _arrays[tensor] = _address(tensor), peek.numpy()
+        known = _far[tensor] = _address(tensor), peek.detach()
     return known[1]  # type: ignore[no-any-return]
 
 
@@ -63,12 +71,13 @@ class _Sample:
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._near: dict[torch.dtype, list[np.ndarray]] = {}
         self._far: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._memory = [tensor.untyped_storage() for tensor in tensors]  # of the near views
         for tensor in tensors:
             peek = _peek(tensor)
             if peek is not None and _on_host(peek):
-                self._near.setdefault(peek.dtype, []).append(_array(tensor, peek))
+                self._near.setdefault(peek.dtype, []).append(_near_view(peek))
             elif peek is not None:
-                self._far.setdefault(peek.dtype, []).append(peek)
+                self._far.setdefault(peek.dtype, []).append(_far_view(tensor, peek))
         self._near_was, self._far_was = self._look_near(), self._look_far()
 
     def _look_near(self) -> list[bytes]:
@@ -91,7 +100,6 @@ def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]
 
 def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
     """The content digest of a constant, computed again only where it may have changed."""
-    storage.look(tensor)
     known = _digests.get(tensor) if storage.marked else None
     if known is not None and known[0] == _stamp(tensor, storage):
         return known[1]  # type: ignore[no-any-return]
@@ -111,47 +119,56 @@ class Weights:
         with written.lock:
             written.own(self.tensors)
             self._storages = [written.storage(tensor) for tensor in self.tensors]
-            contents = [_content(*pair) for pair in zip(self.tensors, self._storages, strict=True)]
+            self._look()
             self._sample = _Sample(self.tensors)
             self._watch()
-            for tensor, storage, digest in zip(self.tensors, self._storages, contents, strict=True):
+            pairs = list(zip(self.tensors, self._storages, strict=True))
+            contents = [_content(*pair) for pair in pairs]
+            for (tensor, storage), digest in zip(pairs, contents, strict=True):
                 _digests[tensor] = _stamp(tensor, storage), digest
         self.digests = dict(zip(self.names, contents, strict=True))
 
     def _watch(self) -> None:
-        """Mark what can be marked; only for who has read the contents of what is not."""
+        """Mark what can be marked, before the contents are read: what is written meanwhile is noticed later."""
         known: Counter[int] = Counter()
         for tensor in dict.fromkeys(self.tensors):
-            known[tensor.untyped_storage()._cdata] += 1 + (tensor in _arrays)
+            known[tensor.untyped_storage()._cdata] += 1 + (tensor in _far)
         for tensor, storage in zip(self.tensors, self._storages, strict=True):
             storage.mark(tensor, known[tensor.untyped_storage()._cdata])
         pairs = list(zip(self.names, self.tensors, self._storages, strict=True))
         self._marked = [tensor for _, tensor, storage in pairs if storage.marked]
         self.unwatched = [name for name, _, storage in pairs if not storage.marked]
-        self._was = self._now()
+        self._was = self._state()
 
-    def _now(self) -> list[int]:
-        if not all(map(written.bearing, self._marked)):
-            for tensor, storage in zip(self.tensors, self._storages, strict=True):
-                storage.look(tensor)
+    def _look(self) -> None:
+        for tensor, storage in zip(self.tensors, self._storages, strict=True):
+            storage.look(tensor)
+
+    def _state(self) -> list[int]:
         epochs = map(attrgetter("epoch"), self._storages)
         return [*map(_address, self.tensors), *map(attrgetter("_version"), self._versioned), *epochs]
+
+    def _untouched(self) -> bool:
+        if not all(map(written.bearing, self._marked)):
+            self._look()
+        return self._state() == self._was
 
     def same(self, tensors: tuple[torch.Tensor, ...]) -> bool:
         """True where these are the same tensors with the contents that they had."""
         if not all(map(is_, tensors, self.tensors)):
             return False
-        if self._now() != self._was or not self._sample.same():
+        if not self._untouched() or not self._sample.same():
             return False
         return not self.unwatched or self._read_again()
 
     def _read_again(self) -> bool:
-        held = dict(zip(self.names, self.tensors, strict=True))
+        """The contents of what is not watched, which is from now on, where that can be."""
+        held, unwatched = dict(zip(self.names, self.tensors, strict=True)), self.unwatched
         with written.lock:
-            if any(digest_of(held[name]) != self.digests[name] for name in self.unwatched):
+            if not self._untouched():
                 return False
             self._watch()
-        return True
+            return all(digest_of(held[name]) == self.digests[name] for name in unwatched)
 
     def changed(self, other: Weights) -> list[str]:
         """The constants whose contents differ from those of ``other``."""

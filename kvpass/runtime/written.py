@@ -35,25 +35,22 @@ class Storage:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.marked = False
         self.epoch = next(_epochs)
-        self._taken = True
 
     def mark(self, tensor: Tensor, known: int) -> None:
-        """Notice writes from now on; only for who holds `lock` and has read the contents.
+        """Notice writes from now on; only for who holds `lock` and has looked, and reads the contents afterwards.
 
         Whoever was given an array (``a = p.numpy()``) may write into it later, past the mark: there is none before all
-        tensors on the storage are ``known`` ones, and again whenever the last one was taken.
+        tensors on the storage are ``known`` ones.
         """
-        if self.marked:
-            _mark(tensor)  # reading may have taken it
-        elif not self._taken or _tensors_on(tensor) <= known:
-            self.marked, self._taken = _mark(tensor), False
+        if not self.marked and _tensors_on(tensor) <= known and _mark(tensor):
+            self.marked = True
             self.epoch = next(_epochs)
 
     def look(self, tensor: Tensor) -> None:
         """Begin a new epoch if the mark is gone."""
         with lock:
             if self.marked and not bearing(tensor):
-                self.marked, self._taken = False, True
+                self.marked = False
                 self.epoch = next(_epochs)
 
 
@@ -62,25 +59,32 @@ _storages: WeakValueDictionary[int, Storage] = WeakValueDictionary()
 
 def storage(tensor: Tensor) -> Storage:
     """The record of a tensor's storage; it lives as long as somebody holds it."""
-    key = tensor.untyped_storage()._cdata
     with lock:
-        known = _storages.get(key)
-        if known is None or known.ref.expired():  # type: ignore[no-untyped-call]
-            known = _storages[key] = Storage(tensor)
+        known = _recorded(tensor)
+        if known is None:
+            known = _storages[tensor.untyped_storage()._cdata] = Storage(tensor)
         return known
+
+
+def _recorded(tensor: Tensor) -> Storage | None:
+    known = _storages.get(tensor.untyped_storage()._cdata)
+    return None if known is None or known.ref.expired() else known  # type: ignore[no-untyped-call]
 
 
 def own(tensors: Iterable[Tensor]) -> None:
     """Move weights that lie in memory torch does not own into memory that it does, as ``model.to`` would.
 
     Tensors on one storage share the new one. Memory stays where it is if other tensors, other processes or a device
-    see it too.
+    see it too. What should bear a mark is left alone: to try whether it takes one would hide that it lost it.
     """
     groups: defaultdict[int, list[Tensor]] = defaultdict(list)
     for tensor in dict.fromkeys(tensors):
         groups[tensor.untyped_storage()._cdata].append(tensor)
     for group in groups.values():
-        if all(map(_movable, group)) and _tensors_on(group[0]) == len(group) and not _mark(group[0]):
+        known = _recorded(group[0])
+        if (known is not None and known.marked) or _tensors_on(group[0]) != len(group):
+            continue
+        if all(map(_movable, group)) and not _mark(group[0]):
             moved = group[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
             for old in group:
                 new = torch.empty(0, dtype=old.dtype, device=old.device)
