@@ -33,10 +33,9 @@ def lower(
 def prepare(wanted: Iterable[tuple[Attention, torch.device]]) -> None:
     """Build the kernels of a graph side by side, before `lower` asks for one after the other."""
     sources = []
-    for spec, device in wanted:
-        if device.type == "cpu":
-            with contextlib.suppress(NotImplementedError):  # `lower` says so
-                sources.append(cpp.source(spec))
+    for spec in dict.fromkeys(spec for spec, device in wanted if device.type == "cpu"):
+        with contextlib.suppress(NotImplementedError):  # `lower` says so
+            sources.append(cpp.source(spec))
     with contextlib.suppress(build.NoCompiler):
         build.shared_libraries(sources)
 

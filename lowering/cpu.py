@@ -137,12 +137,7 @@ def lower(spec: Attention, key: Layout | None, value: Layout | None) -> Callable
         NotImplementedError: the shape has no words in C++.
         NoCompiler: the source cannot be compiled here.
     """
-    made = kernel(spec)
-    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value))
-    attention.static = (spec,)
-    attention.source = made.source
-    attention.lowering = f"C++ {build.name_of(made.source)}"
-    return attention  # type: ignore[no-any-return]
+    return op.traceable(spec, key, value, _direct(spec, key, value), "C++", kernel(spec).source)
 
 
 def _direct(spec: Attention, key: Layout | None, value: Layout | None) -> Callable[..., Tensor]:

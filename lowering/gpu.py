@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpass.ir import Attention, Layout, Step
-from kvpass.lowering import build, op, triton, tune
+from kvpass.lowering import op, triton, tune
 from kvpass.lowering.triton_config import Config
 
 # With up to so many queries of a group the keys are streamed once.
@@ -65,14 +65,15 @@ def lower(
     Raises:
         NotImplementedError: the shape has no words in Triton; keys or values are not in pages.
     """
-    if key is None or value is None or {key.before, value.before} - {0, 1} or (key.outside and key.factor != 1):
-        raise NotImplementedError("keys or values that are not in pages, head by head")
+    key, value = _in_pages(key), _in_pages(value)
     shown = _shown(replace(spec, page_size=page_size, step=Step.DECODE), arch)
-    attention: Any = op.traceable(spec, key, value, _direct(spec, key, value, arch, autotune))
-    attention.static = (spec,)
-    attention.source = shown
-    attention.lowering = f"Triton {build.name_of(shown)}"
-    return attention  # type: ignore[no-any-return]
+    return op.traceable(spec, key, value, _direct(spec, key, value, arch, autotune), "Triton", shown)
+
+
+def _in_pages(layout: Layout | None) -> Layout:
+    if layout is None or layout.before not in (0, 1) or (layout.outside and layout.factor != 1):
+        raise NotImplementedError("keys or values that are not in pages, head by head")
+    return layout
 
 
 def _direct(spec: Attention, key: Layout, value: Layout, arch: str, autotune: bool = False) -> Callable[..., Tensor]:
@@ -107,10 +108,7 @@ def _strides(layout: Layout, pool: Tensor) -> triton.Strides:
     return triton.Strides(None if layout.outside else layout.factor, page, row)
 
 
-def _on(spec: Attention, key: Layout | None, value: Layout | None, device: torch.device) -> Callable[..., Tensor]:
-    if key is None or value is None:
-        raise NotImplementedError("keys or values that are not in pages")
-    return _direct(spec, key, value, architecture(device))
-
-
-op.implement("CUDA", _on)
+op.implement(
+    "CUDA",
+    lambda spec, key, value, device: _direct(spec, _in_pages(key), _in_pages(value), architecture(device)),
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpass.ir import Attention, Layout
 from kvpass.kernels.text import parse, text
+from kvpass.lowering.build import name_of
 
 # Keys and values are a pool with its table and its run, or one tensor with no table; a layout is the fields of
 # `kvpass.ir.Layout`, or empty. `spec` is the text form of the attention.
@@ -67,8 +68,14 @@ def _shape(query: Tensor, *rest: Any) -> Tensor:
 torch.library.register_fake("kvpass::attention", _shape, lib=_library)
 
 
-def traceable(spec: Attention, key: Layout | None, value: Layout | None, direct: Kernel) -> Kernel:
-    """The kernel ``direct`` (see `kvpass.ir.Lowering`), which becomes the operator where a graph is being made."""
+def traceable(
+    spec: Attention, key: Layout | None, value: Layout | None, direct: Kernel, target: str, source: str
+) -> Kernel:
+    """The kernel ``direct`` as `kvpass.ir.Lowering` says, which becomes the operator where a graph is being made.
+
+    Args:
+        target: the language of ``source``, for people.
+    """
     written, key_layout, value_layout = text(spec), _numbers(key), _numbers(value)
 
     def attention(
@@ -89,6 +96,8 @@ def traceable(spec: Attention, key: Layout | None, value: Layout | None, direct:
         )
         return made
 
+    named: Any = attention
+    named.static, named.source, named.lowering = (spec,), source, f"{target} {name_of(source)}"
     return attention
 
 

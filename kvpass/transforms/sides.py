@@ -138,41 +138,48 @@ def unrepeated(analyzed: Analyzed, side: Side) -> Side:
     kept = [k for k in side.heads if not fact.atoms[k].bcast]
     if not repeated or list(side.heads) != kept + repeated:
         return side
-    node, place = side.node, {k: k for k in range(len(fact.atoms)) if k not in repeated and fact.atoms[k].size != 1}
+    node, place = side.node, {k: k for k in _real(fact) if k not in repeated}
     found = False
     # To the nearest one, but for axes of size one: what is stored is no nearer to the inputs.
     while node.target in LAYOUT and (not found or node.target in UNITS):
-        step = analyzed.steps[node]
-        source = step.operands[0]
-        back = {link: a for a, link in enumerate(step.links[0]) if link is not None}
-        if not all(k in back for k in place.values()):
+        before = _before(analyzed, node, place)
+        if before is None:
             break
-        node, place = source, {mine: back[k] for mine, k in place.items()}
-        inner = analyzed.fact(node)
-        found = sum(1 for a in inner.atoms if a.size != 1) == len(place)
-    if not found:
-        return side
-    move: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda ks: tuple(place[k] for k in ks if k in place)  # noqa: E731
-    batch = tuple(k for k, a in enumerate(analyzed.fact(node).atoms) if a.kind is Kind.BATCH)
-    return Side(node, batch, move(tuple(kept)), move(side.row), move(side.depth), tuple(repeated))
+        node, place = before
+        found = len(_real(analyzed.fact(node))) == len(place)
+    return _moved(analyzed, side, node, place, tuple(repeated)) if found else side
 
 
 def at_stored(analyzed: Analyzed, side: Side, stored: Callable[[fx.Node], bool]) -> Side:
     """The same operand at the stored value that it is a permutation of; as it is where there is none."""
-    node, place = side.node, {k: k for k in range(len(analyzed.fact(side.node).atoms))}
+    node, place = side.node, {k: k for k in _real(analyzed.fact(side.node))}
     while not stored(node):
-        if node.target not in (*MOVES, *UNITS):
+        before = _before(analyzed, node, place) if node.target in (*MOVES, *UNITS) else None
+        if before is None:
             return side
-        step = analyzed.steps[node]
-        back = {link: k for k, link in enumerate(step.links[0]) if link is not None}
-        node, place = step.operands[0], {mine: back[k] for mine, k in place.items() if k in back}
+        node, place = before
+    return side if node is side.node else _moved(analyzed, side, node, place, side.group)
 
-    def move(atoms: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(place[k] for k in atoms if k in place)
 
-    made = Side(node, move(side.batch), move(side.heads), move(side.row), move(side.depth), side.group)
-    sizes = [[count(analyzed.fact(s.node), atoms) for atoms in (s.heads, s.depth)] for s in (side, made)]
-    return made if sizes[0] == sizes[1] and len(made.row) == len(side.row) else side
+def _real(fact: Fact) -> list[int]:
+    """The atoms that are not of size one."""
+    return [k for k, atom in enumerate(fact.atoms) if atom.size != 1]
+
+
+def _before(analyzed: Analyzed, node: fx.Node, place: dict[int, int]) -> tuple[fx.Node, dict[int, int]] | None:
+    """The operand of an op that moves entries, and where its atoms have the places; None where some are not there."""
+    step = analyzed.steps[node]
+    back = {link: a for a, link in enumerate(step.links[0]) if link is not None}
+    if not all(k in back for k in place.values()):
+        return None
+    return step.operands[0], {mine: back[k] for mine, k in place.items()}
+
+
+def _moved(analyzed: Analyzed, side: Side, node: fx.Node, place: dict[int, int], group: tuple[int, ...]) -> Side:
+    """A side at another value, where its atoms have these places."""
+    heads, row, depth = (tuple(place[k] for k in ks if k in place) for ks in (side.heads, side.row, side.depth))
+    batch = tuple(k for k, a in enumerate(analyzed.fact(node).atoms) if a.kind is Kind.BATCH)
+    return Side(node, batch, heads, row, depth, group)
 
 
 def always_keeps_a_key(support: Any) -> bool:
