@@ -71,7 +71,6 @@ class Kernel:
         library = build.load(self.source)
         self._decode, self._prefill = library.kvpass_decode, library.kvpass_prefill
         self._pack = struct.Struct(f"@{14 + 2 * 8 + 5 * max(1, len(spec.reads))}q").pack
-        self._tiles: dict[int, int] = {}
 
     def __call__(
         self, query: Tensor, key: Rows, value: Rows, start: int, rows: int, reads: Sequence[Tensor] = ()
@@ -99,7 +98,7 @@ class Kernel:
         )
         tensors = [read if read.is_contiguous() else read.contiguous() for read in reads]
         words = [word for read in tensors for word in _words(read)] or _NOTHING
-        tile = self._tile(math.gcd(key.page_size, value.page_size))
+        tile = _tile(math.gcd(key.page_size, value.page_size))
         block = self._pack(
             query.data_ptr(), out.data_ptr(), batch, new, start, rows, torch.get_num_threads(), tile,
             *query.stride()[:3], *out.stride()[:3], *key.words(), *value.words(), *words,
@@ -109,11 +108,11 @@ class Kernel:
             raise MemoryError("no memory for the scratch of an attention")
         return out
 
-    def _tile(self, page: int) -> int:
-        """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
-        if page not in self._tiles:
-            self._tiles[page] = max(size for size in range(1, cpp.TILE + 1) if page % size == 0)
-        return self._tiles[page]
+
+@functools.cache
+def _tile(page: int) -> int:
+    """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
+    return max(size for size in range(1, cpp.TILE + 1) if page % size == 0)
 
 
 _NOTHING = [0, 0, 0, 0, 0]
