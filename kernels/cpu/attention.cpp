@@ -104,7 +104,7 @@ constexpr int REGISTERS = 16;
 #endif
 constexpr int CHUNK = 2 * W;
 constexpr int STREAMS = 4;  // tiles that are read side by side
-constexpr int SPAN = most_of(STREAMS, least(2048, 524288 / (most_of(D, DV) * int(sizeof(Element)))) / TILE) * TILE;  // keys of one softmax step
+constexpr int SPAN = most_of(STREAMS, least(2048, 262144 / (most_of(D, DV) * int(sizeof(Element)))) / TILE) * TILE;  // keys of one softmax step
 constexpr int CHUNKS = (D + CHUNK - 1) / CHUNK, D_PAD = CHUNKS * CHUNK;
 constexpr int V_CHUNK = 2 * WIDE, V_CHUNKS = (DV + V_CHUNK - 1) / V_CHUNK, DV_PAD = V_CHUNKS * V_CHUNK;
 
@@ -229,6 +229,32 @@ inline Pair<T> load_chunk(const Source* row, int c) {
   return load_pair<T>(row + c * ENTRIES);
 }
 
+inline WideV rounded(float* to, WideV x) { return store_floats(to, x), x; }
+//: if brain
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+// Stores floats as bfloat16 and gives what was stored.
+inline WideV rounded(bfloat16* to, WideV x) {
+  const __m256bh small = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(to, &small, sizeof small);
+  return bits<WideV>(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)small), 16));
+}
+#endif
+//: endif
+
+//: if brain
+// The same chunk, as it stands in memory.
+template <int SIZE, class T>
+inline T load_raw(const Element* row, int c) {
+  constexpr int ENTRIES = int(sizeof(T) / sizeof(Element));
+  if (SIZE % ENTRIES != 0 && c == SIZE / ENTRIES) {
+    T rest{};
+    std::memcpy(&rest, row + c * ENTRIES, SIZE % ENTRIES * sizeof(Element));
+    return rest;
+  }
+  return load_floats<T>(reinterpret_cast<const float*>(row + c * ENTRIES));
+}
+//: endif
+
 // What products of queries and keys are made of: one chunk of a row, as floats.
 template <bool PAIRED>
 struct OperandOf {
@@ -254,9 +280,7 @@ struct OperandOf<true> {
   V raw;
 
   static OperandOf of(const Element* row, int c) {
-    V raw{};
-    std::memcpy(&raw, row + c * CHUNK, D % CHUNK != 0 && c == D / CHUNK ? D % CHUNK * sizeof(Element) : sizeof raw);
-    return {raw};
+    return {load_raw<D, V>(row, c)};
   }
   static OperandOf at(const float* p) { return {load_floats(p)}; }
   void store(float* p) const { store_floats(p, raw); }
@@ -267,12 +291,18 @@ struct OperandOf<true> {
 //: endif
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 using Operand = OperandOf<INTERLEAVED>;
+constexpr bool PAIRED = INTERLEAVED;
 #else
+constexpr bool PAIRED = false;
 using Operand = OperandOf<false>;
 #endif
 
 // Where entry `d` of a result stands in its chunks.
 inline int spread(int d) {
+  if (PAIRED) {  // of each 16 bytes of a row the first half, then the second
+    int in = d % V_CHUNK;
+    return d - in + in / 8 * 4 + in % 4 + in / 4 % 2 * WIDE;
+  }
   if (INTERLEAVED) {
     int in = d % V_CHUNK;
     return d - in + in / 2 + (in % 2) * WIDE;
@@ -292,22 +322,32 @@ inline V sums(const V* v) {
   return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// 2^n * p(f), with n + f = x / ln 2 and |f| <= 1/2; Cody and Waite's split of ln 2, a polynomial of degree six. Exact
-// zero below the smallest normal number, so that a masked key weighs nothing.
-inline float exponential(float x) {
-  float clamped = x > 88.0f ? 88.0f : x < -88.0f ? -88.0f : x;
-  float shifted = clamped * 1.44269504088896341f + 12582912.0f;
-  float n = shifted - 12582912.0f;
-  float f = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+// e^x for |x| <= 88, as 2^n * p(f) with n + f = x / ln 2 and |f| <= 1/2: Cody and Waite's split of ln 2, a polynomial of
+// degree six.
+template <class T, class I>
+inline T raised(T x) {
+  const T shifted = x * 1.44269504088896341f + 12582912.0f;
+  const T n = shifted - 12582912.0f;
+  const T f = x - n * 0.693359375f + n * 2.12194440e-4f;
+  T p = T{} + 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  float scale = bits<float>(int32_t(bits<uint32_t>(shifted) << 23) + 0x3f800000);
-  return x < -87.33654f ? 0.0f : x > 88.0f ? INFINITE : p * scale;
+  return p * bits<T>((bits<I>(shifted) << 23) + 0x3f800000);
+}
+constexpr float SMALLEST = -87.33654f;  // below it e^x is exact zero, not subnormal, so that a masked key weighs nothing
+inline float exponential(float x) {
+  const float clamped = x > 88.0f ? 88.0f : x < SMALLEST ? SMALLEST : x;
+  return x < SMALLEST ? 0.0f : x > 88.0f ? INFINITE : raised<float, uint32_t>(clamped);
+}
+// The same for numbers that are not positive.
+inline WideV decay(WideV x) {
+  typedef uint32_t I __attribute__((vector_size(sizeof(WideV))));
+  const WideV least = splat<WideV>(SMALLEST);
+  return x < least ? WideV{} : raised<WideV, I>(x < least ? least : x);
 }
 
 // A rational function would lose the small ones: a polynomial below 0.625, 1 - 2 / (e^2x + 1) above.
@@ -427,12 +467,12 @@ inline float upper(float a, float b) { return b > a || b != b ? b : a; }
 inline float largest(const float* s, int count) {
   float most = -INFINITE;
   int j = 0;
-  V some = splat(most);
-  for (; j + W <= count; j += W) {
-    V x = load_floats(s + j);
+  WideV some = splat<WideV>(most);
+  for (; j + WIDE <= count; j += WIDE) {
+    WideV x = load_floats<WideV>(s + j);
     some = (x > some) | (x != x) ? x : some;
   }
-  for (int k = 0; k < W; ++k) most = upper(most, some[k]);
+  for (int k = 0; k < WIDE; ++k) most = upper(most, some[k]);
   for (; j < count; ++j) most = upper(most, s[j]);
   return most;
 }
@@ -454,7 +494,9 @@ struct State {
   }
 };
 
-// Scores become weights, and the state is brought to the new maximum. Rows of `s` have stride `stride`.
+// Scores become weights, and the state is brought to the new maximum. Rows of `s` have stride `stride`. Weights of the type
+// bfloat16 take the first half of a row; their sum is that of the rounded ones.
+template <class Weight>
 inline void weigh(State& state, float* s, int stride, int queries, int count, int width) {
   for (int m = 0; m < queries; ++m) {
     float* row = s + size_t(m) * stride;
@@ -464,13 +506,15 @@ inline void weigh(State& state, float* s, int stride, int queries, int count, in
       continue;
     }
     float sum = 0;
-#pragma GCC ivdep
-    for (int j = 0; j < count; ++j) row[j] = exponential(row[j] - most);
-    V total{};
+    Weight* weights = reinterpret_cast<Weight*>(row);
+    WideV total{};
     int j = 0;
-    for (; j + W <= count; j += W) total += load_floats(row + j);
-    for (int k = 0; k < W; ++k) sum += total[k];
-    for (; j < count; ++j) sum += row[j];
+    for (; j + WIDE <= count; j += WIDE) total += rounded(weights + j, decay(load_floats<WideV>(row + j) - most));
+    for (int k = 0; k < WIDE; ++k) sum += total[k];
+    for (; j < count; ++j) {
+      from_float(exponential(row[j] - most), weights[j]);
+      sum += to_float(weights[j]);
+    }
     if (most != state.most[m]) {
       float shrink = exponential(state.most[m] - most);
       state.sum[m] *= shrink;
@@ -525,7 +569,7 @@ struct Strip {
 };
 
 constexpr int ROW_BYTES = most_of(D, DV) * int(sizeof(Element));
-constexpr int AHEAD = most_of(1, 16384 / (STREAMS * ROW_BYTES));
+constexpr int AHEAD = most_of(1, 8192 / (STREAMS * ROW_BYTES));
 
 struct Ahead {
   const Strip &now, &next;
@@ -538,15 +582,28 @@ struct Ahead {
   }
 };
 
-// Into the second level of the cache: the first one has too few places for lines that are on their way.
+// Into the second level of the cache: the first one has too few places for lines that are on their way. Chunk `c` begins a
+// line of the cache.
 template <int ENTRIES>
 inline void fetch_chunk(const Element* row, int c) {
   constexpr int BYTES = ENTRIES * int(sizeof(Element));
-  for (int x = c * BYTES; x < (c + 1) * BYTES; x += 64)
-    if (x % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row) + x, 0, 2);
+#pragma GCC unroll 4
+  for (int x = 0; x < BYTES; x += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + c * BYTES + x, 0, 2);
+}
+// Calls `run` for all chunks, and tells it at which of them a line of the cache begins.
+template <int CHUNKS, int ENTRIES, class Run>
+inline void in_chunks(Run run) {
+  constexpr int LINE_CHUNKS = most_of(1, 64 / (ENTRIES * int(sizeof(Element))));
+  int c = 0;
+  for (; c + LINE_CHUNKS <= CHUNKS; c += LINE_CHUNKS)
+#pragma GCC unroll 4
+    for (int x = 0; x < LINE_CHUNKS; ++x) run(c + x, x == 0);
+#pragma GCC unroll 4
+  for (int x = 0; x < CHUNKS % LINE_CHUNKS; ++x) run(c + x, x == 0);
 }
 
-constexpr int LINE = SPAN;        // the scores of one query
+// From the scores of a query to those of the next: lines at a distance of a power of two would share one set of a cache.
+constexpr int LINE = SPAN + 16;
 constexpr int BATCH = most_of(8, 16384 / (STREAMS * ROW_BYTES));  // rows of a tile that stay at hand
 
 constexpr int OPERAND = int(sizeof(Operand)) / 4;
@@ -561,15 +618,15 @@ inline void products(const float* query, const Element* const* rows, const Eleme
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int c = 0; c < CHUNKS; ++c) {
-        fetch_chunk<CHUNK>(later[r], c);
+        if (c * CHUNK * int(sizeof(Element)) % 64 == 0) fetch_chunk<CHUNK>(later[r], c);
         Operand::at(query + c * OPERAND).times(Operand::of(rows[r], c), sum[r]);
       }
   } else {
-    for (int c = 0; c < CHUNKS; ++c) {
+    in_chunks<CHUNKS, CHUNK>([&](int c, bool begins) {
       Operand x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        fetch_chunk<CHUNK>(later[r], c);
+        if (begins) fetch_chunk<CHUNK>(later[r], c);
         x[r] = Operand::of(rows[r], c).hold();
       }
 #pragma GCC unroll 4
@@ -578,7 +635,7 @@ inline void products(const float* query, const Element* const* rows, const Eleme
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) q.times(x[r], sum[m * R + r]);
       }
-    }
+    });
   }
 #pragma GCC unroll 2
   for (int part = 0; part < SUMS; part += 8) {
@@ -593,7 +650,7 @@ inline void products(const float* query, const Element* const* rows, const Eleme
 template <int Q, int S>
 inline void scores_of(const float* query, const Ahead& ahead, int from, int to, float* s) {
   const Strip& keys = ahead.now;
-  constexpr int R = Q == 1 ? 8 : Q == 2 || REGISTERS == 32 ? 4 : 2, T = least(R, S);
+  constexpr int R = 8 / (Q == 3 ? 4 : Q), T = least(R, S);
   for (int r = from; r < to; r += R / T)
     for (int t = 0; t < S; t += T) {
       const Element *rows[R], *later[R];
@@ -609,55 +666,114 @@ inline void scores_of(const float* query, const Ahead& ahead, int from, int to, 
     }
 }
 
-// Weighted values of Q queries, C chunks at a time: whole rows as far as there are registers, so that the machine sees
-// streams.
-constexpr int C_AT_ONCE = least(V_CHUNKS, REGISTERS == 32 ? 4 : 1), Q_AT_ONCE = least(4, REGISTERS / 4 / C_AT_ONCE);
+// What weighted sums of values are made of: one chunk of ROWS rows.
+template <bool PAIRED>
+struct ValuesOf {
+  using Weight = float;
+  static constexpr int ROWS = 1;
+  WideV a, b;
 
-template <int Q, int C, int S>
-inline void values_into(float* out, const float* weight, const Ahead& ahead, int from, int to, int c) {
-  const Strip& values = ahead.now;
-  WideV a[Q][C], b[Q][C];
+  static WideV weight(const Weight* w, bool) { return held(splat<WideV>(*w)); }
+  static ValuesOf of(const Element* const* rows, bool, int c) {
+    const Pair<WideV> v = load_chunk<DV, WideV>(rows[0], c);
+    return {held(v.a), held(v.b)};
+  }
+  void times(WideV w, WideV& x, WideV& y) const {
+    x += w * a;
+    y += w * b;
+  }
+};
+//: if brain
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+// Entries of two rows side by side, and two weights: `whole` is false where there is no second row.
+template <>
+struct ValuesOf<true> {
+  using Weight = bfloat16;
+  static constexpr int ROWS = 2;
+  WideV a, b;
+
+  static WideV weight(const Weight* w, bool whole) {
+    uint32_t both = 0;
+    std::memcpy(&both, w, whole ? 4 : 2);
+    return held(splat<WideV>(bits<float>(both)));
+  }
+  static __m512i load(const Element* row, int c) {
+    return (__m512i)load_raw<DV, WideV>(row, c);
+  }
+  static ValuesOf of(const Element* const* rows, bool whole, int c) {
+    const __m512i first = load(rows[0], c), second = whole ? load(rows[1], c) : __m512i{};
+    return {held((WideV)_mm512_unpacklo_epi16(first, second)), held((WideV)_mm512_unpackhi_epi16(first, second))};
+  }
+  void times(WideV w, WideV& x, WideV& y) const {
+    x = (WideV)_mm512_dpbf16_ps((__m512)x, (__m512bh)w, (__m512bh)a);
+    y = (WideV)_mm512_dpbf16_ps((__m512)y, (__m512bh)w, (__m512bh)b);
+  }
+};
+#endif
+//: endif
+using Values = ValuesOf<PAIRED>;
+using Weight = Values::Weight;
+constexpr int WEIGHTS = LINE * int(sizeof(float) / sizeof(Weight));  // from the weights of a query to those of the next
+
+// Adds R weighted rows to the results of Q queries. The weights stay in registers, the results do not.
+template <int Q, int R>
+inline void add_rows(float* out, const Weight* weight, const Element* const* rows, const Element* const* later, const int* at) {
+  constexpr int STEPS = (R + Values::ROWS - 1) / Values::ROWS;
+  constexpr bool WHOLE = R % Values::ROWS == 0;
+  WideV w[Q][STEPS];
 #pragma GCC unroll 4
   for (int m = 0; m < Q; ++m)
 #pragma GCC unroll 8
-    for (int x = 0; x < C; ++x) {
-      a[m][x] = load_floats<WideV>(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK);
-      b[m][x] = load_floats<WideV>(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK + WIDE);
-    }
-  for (int r = from; r < to; ++r)
-#pragma GCC unroll 1
-    for (int t = 0; t < S; ++t) {
-      const Element* line = values.first[t] + r * values.row;
-      const Element* later = ahead.wanted ? ahead.row(t, r) : line;
-      WideV w[Q];
+    for (int x = 0; x < STEPS; ++x) w[m][x] = Values::weight(weight + size_t(m) * WEIGHTS + at[x * Values::ROWS], WHOLE);
+  in_chunks<V_CHUNKS, V_CHUNK>([&](int c, bool begins) {
+    WideV a[Q], b[Q];
 #pragma GCC unroll 4
-      for (int m = 0; m < Q; ++m) w[m] = held(splat<WideV>(weight[size_t(m) * LINE + t * values.count + r]));
+    for (int m = 0; m < Q; ++m) {
+      a[m] = load_floats<WideV>(out + size_t(m) * DV_PAD + c * V_CHUNK);
+      b[m] = load_floats<WideV>(out + size_t(m) * DV_PAD + c * V_CHUNK + WIDE);
+    }
 #pragma GCC unroll 8
-      for (int x = 0; x < C; ++x) {
-        fetch_chunk<V_CHUNK>(later, c + x);
-        const Pair<WideV> v = load_chunk<DV, WideV>(line, c + x);
-        const WideV va = held(v.a), vb = held(v.b);
+    for (int x = 0; x < STEPS; ++x) {
+#pragma GCC unroll 2
+      for (int k = x * Values::ROWS; k < least(R, (x + 1) * Values::ROWS); ++k)
+        if (begins) fetch_chunk<V_CHUNK>(later[k], c);
+      const Values v = Values::of(rows + x * Values::ROWS, WHOLE, c);
 #pragma GCC unroll 4
-        for (int m = 0; m < Q; ++m) {
-          a[m][x] += w[m] * va;
-          b[m][x] += w[m] * vb;
-        }
-      }
+      for (int m = 0; m < Q; ++m) v.times(w[m][x], a[m], b[m]);
     }
 #pragma GCC unroll 4
-  for (int m = 0; m < Q; ++m)
-#pragma GCC unroll 8
-    for (int x = 0; x < C; ++x) {
-      store_floats(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK, a[m][x]);
-      store_floats(out + size_t(m) * DV_PAD + (c + x) * V_CHUNK + WIDE, b[m][x]);
+    for (int m = 0; m < Q; ++m) {
+      store_floats(out + size_t(m) * DV_PAD + c * V_CHUNK, a[m]);
+      store_floats(out + size_t(m) * DV_PAD + c * V_CHUNK + WIDE, b[m]);
     }
+  });
 }
 
+constexpr int Q_AT_ONCE = REGISTERS == 32 ? 4 : 2;
+constexpr int HELD = REGISTERS == 32 && sizeof(Element) == 2 ? 16 : 8;  // weights in registers
+
 template <int Q, int S>
-inline void weighted(float* out, const float* weight, const Ahead& ahead, int from, int to) {
-  int c = 0;
-  for (; c + C_AT_ONCE <= V_CHUNKS; c += C_AT_ONCE) values_into<Q, C_AT_ONCE, S>(out, weight, ahead, from, to, c);
-  for (; c < V_CHUNKS; ++c) values_into<Q, 1, S>(out, weight, ahead, from, to, c);
+inline void weighted(float* out, const Weight* weight, const Ahead& ahead, int from, int to) {
+  const Strip& values = ahead.now;
+  constexpr int N = Values::ROWS, R = least(8, N * HELD / (Q == 3 ? 4 : Q)), T = least(R / N, S);
+  const auto rows_at = [&](auto number, int t, int r) {
+    constexpr int COUNT = number;
+    const Element *rows[COUNT], *later[COUNT];
+    int at[COUNT];
+#pragma GCC unroll 8
+    for (int x = 0; x < COUNT; ++x) {
+      const int tile = t + x / N % T, j = r + x / N / T * N + x % N;
+      rows[x] = values.first[tile] + j * values.row;
+      at[x] = tile * values.count + j;
+      later[x] = ahead.wanted ? ahead.row(tile, j) : rows[x];
+    }
+    add_rows<Q, COUNT>(out, weight, rows, later, at);
+  };
+  int r = from;
+  for (; r + R / T <= to; r += R / T)
+    for (int t = 0; t < S; t += T) rows_at(Number<R>(), t, r);
+  for (; r < to; ++r)
+    for (int t = 0; t < S; ++t) rows_at(Number<1>(), t, r);
 }
 
 // Calls `run` with a number and the first query, for blocks of at most MOST. There are as many queries as a multiple of
@@ -727,9 +843,9 @@ struct Decode {
     });
     int all = 0;
     for (int t = 0; t < count; all += tiles[t++].count) adjust(call, s + all, LINE, queries, tiles[t], b, k, row);
-    weigh(state, s, LINE, queries, all, DV_PAD);
+    weigh<Weight>(state, s, LINE, queries, all, DV_PAD);
     in_strips<Q_AT_ONCE>(values, tiles, count, strip_of(keys, tiles + count, more), [&](auto q, auto streams, const Ahead& ahead, int at, int from, int to, int m) {
-      weighted<q, streams>(state.out + size_t(m) * DV_PAD, s + size_t(m) * LINE + at, ahead, from, to);
+      weighted<q, streams>(state.out + size_t(m) * DV_PAD, reinterpret_cast<const Weight*>(s + size_t(m) * LINE) + at, ahead, from, to);
     });
   }
 
@@ -931,7 +1047,7 @@ void prefill_block(const Call& call, int b, int k, int first) {
       for (int m = 0; m < queries; m += MR)
         multiply<false>(query + size_t(m) * D, D, packed_keys + j, BLOCK_KEYS, s + size_t(m) * BLOCK_KEYS + j, BLOCK_KEYS, D);
     adjust(call, s, BLOCK_KEYS, used, tile, b, k, row);
-    weigh(state, s, BLOCK_KEYS, used, tile.count, DV_NR);
+    weigh<float>(state, s, BLOCK_KEYS, used, tile.count, DV_NR);
     for (int d = 0; d < DV_NR; d += NR)
       for (int m = 0; m < queries; m += MR)
         multiply<true>(s + size_t(m) * BLOCK_KEYS, BLOCK_KEYS, packed_values + d, DV_NR, state.out + size_t(m) * DV_NR + d, DV_NR, tile.count);
