@@ -84,6 +84,8 @@ def _add_kernels(commands: Any) -> None:
     ):
         help_text = f"{text} (default: %(default)s)"
         kernels.add_argument(name, type=_at_least(least), default=default, metavar="N", help=help_text)
+    dtypes = ["float32", "float16", "bfloat16"]
+    kernels.add_argument("--dtype", choices=dtypes, help="of queries, keys and values (default: the model's)")
     kernels.add_argument("--format", choices=["text", "json"], default="text")
     kernels.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
 

@@ -8,6 +8,10 @@ belong to the device, and the maker's document stands beside them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command's --help is not to wait for torch
+    import torch
 
 KIB = 1024
 REGISTER_STEP = 8  # registers are given to a warp in steps of 8 per thread, by both makers
@@ -31,6 +35,8 @@ class Architecture:
         clock: boost clock, Hz.
         bandwidth: of the device memory, bytes per second.
         tensor_flops: dense bf16 products with fp32 sums, FLOP per second.
+        lanes: fp32 multiply-adds of a multiprocessor in a cycle (CUDA C++ Programming Guide, throughput of native
+            arithmetic instructions; CDNA 3 whitepaper). Products of fp32 are done there, as they are to be exact.
     """
 
     device: str
@@ -49,6 +55,13 @@ class Architecture:
     clock: float
     bandwidth: float
     tensor_flops: float
+    lanes: int = 128
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Products of such operands, FLOP per second."""
+        if dtype.itemsize == 4:
+            return 2 * self.lanes * self.multiprocessors * self.clock
+        return self.tensor_flops
 
     def blocks_that_fit(self, registers: int, shared_bytes: int, threads: int, tensor_columns: int = 0) -> int:
         """Blocks that are resident on one multiprocessor at once; 0 means that the kernel cannot be launched.
@@ -88,6 +101,7 @@ ARCHITECTURES = {
         clock=1.41e9,
         bandwidth=2.039e12,
         tensor_flops=312e12,
+        lanes=64,
     ),
     # "NVIDIA A40" datasheet (throughput without sparsity) and product brief (clock).
     "sm_86": Architecture(
@@ -190,11 +204,11 @@ def architecture(arch: str) -> Architecture:
     return ARCHITECTURES[arch]
 
 
-def roofline(arch: str, bytes: float, flops: float) -> float:
-    """Seconds that the device needs at least to move ``bytes`` of its memory and do ``flops`` of bf16 products.
+def roofline(arch: str, bytes: float, flops: float, dtype: torch.dtype) -> float:
+    """Seconds that the device needs at least to move ``bytes`` of its memory and do ``flops`` of products of ``dtype``.
 
     Raises:
         ValueError: the table has no such architecture.
     """
     device = architecture(arch)
-    return max(bytes / device.bandwidth, flops / device.tensor_flops)
+    return max(bytes / device.bandwidth, flops / device.flops(dtype))

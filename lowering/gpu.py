@@ -49,8 +49,10 @@ def _tuned(spec: Attention, arch: str, keys: triton.Strides, values: triton.Stri
 
 
 @functools.lru_cache(maxsize=1024)
-def _shown(spec: Attention, arch: str) -> str:
-    return triton.source(spec, arch)
+def _shown(spec: Attention, arch: str, keys_paged: bool, values_paged: bool) -> str:
+    keys = None if keys_paged else triton.Strides.dense(spec.head_size)
+    values = None if values_paged else triton.Strides.dense(spec.value_size)
+    return triton.source(spec, arch, keys, values)
 
 
 def lower(
@@ -63,37 +65,34 @@ def lower(
         autotune: the first call of a shape measures configurations (`kvpass.lowering.tune`).
 
     Raises:
-        NotImplementedError: the shape has no words in Triton; keys or values are not in pages.
+        NotImplementedError: the shape has no words in Triton.
     """
-    key, value = _in_pages(key), _in_pages(value)
-    shown = _shown(replace(spec, page_size=page_size, step=Step.DECODE), arch)
-    return op.traceable(spec, key, value, _direct(spec, key, value, arch, autotune), "Triton", shown)
+    shown = replace(spec, page_size=page_size if key or value else None, step=Step.DECODE)
+    made = _direct(spec, key, value, arch, autotune)
+    return op.traceable(spec, key, value, made, "Triton", _shown(shown, arch, key is not None, value is not None))
 
 
-def _in_pages(layout: Layout | None) -> Layout:
-    if layout is None or layout.before not in (0, 1) or (layout.outside and layout.factor != 1):
-        raise NotImplementedError("keys or values that are not in pages, head by head")
-    return layout
-
-
-def _direct(spec: Attention, key: Layout, value: Layout, arch: str, autotune: bool = False) -> Callable[..., Tensor]:
+def _direct(
+    spec: Attention, key: Layout | None, value: Layout | None, arch: str, autotune: bool = False
+) -> Callable[..., Tensor]:
     loaded: dict[Any, Any] = {}  # beside `module`, whose key takes longer to hash than a call may take
 
     def attention(
         query: Tensor, keys: Sequence[Any], values: Sequence[Any], start: int, rows: int, reads: Sequence[Tensor]
     ) -> Tensor:
-        (key_pool, key_table, _), (value_pool, value_table, _) = keys, values
+        key_rows, key_table, *key_places = _rows(key, keys)
+        value_rows, value_table, *value_places = _rows(value, values)
         new = query.shape[2]
         start = rows - new  # other queries than those of the last rows see every key
         step = Step.DECODE if new * spec.group <= MOST_DECODED else Step.PREFILL
         query = query if query.stride(3) == 1 else query.contiguous()
         out = query.new_empty(query.shape[0], new, spec.heads, spec.value_size, dtype=spec.dtype).transpose(1, 2)
         dense = tuple(read if read.is_contiguous() else read.contiguous() for read in reads)
-        given = (query, key_pool, value_pool, key_table, value_table, start, rows, dense, out)
-        which = step, key_pool.shape[key.before + 1]
+        given = (query, key_rows, value_rows, key_table, value_table, start, rows, dense, out)
+        which = step, *key_places, *value_places
         if which not in loaded:
-            sized = replace(spec, page_size=which[1], step=step)
-            strides = _strides(key, key_pool), _strides(value, value_pool)
+            sized = replace(spec, page_size=key_places[0] or value_places[0], step=step)
+            strides = triton.Strides(*key_places[1:]), triton.Strides(*value_places[1:])
             how = _tuned(sized, arch, *strides, given) if autotune else None
             loaded[which] = module(sized, arch, *strides, how)
         result: Tensor = loaded[which].attention(*given)
@@ -102,13 +101,22 @@ def _direct(spec: Attention, key: Layout, value: Layout, arch: str, autotune: bo
     return attention
 
 
-def _strides(layout: Layout, pool: Tensor) -> triton.Strides:
-    strides = pool.stride()
-    page, row = strides[layout.before], strides[layout.before + 1]
-    return triton.Strides(None if layout.outside else layout.factor, page, row)
+def _rows(layout: Layout | None, given: Sequence[Any]) -> tuple[Any, ...]:
+    """A tensor from whose entry 0 the rows are counted and its table, as the kernels take them; the page size or None;
+    and the fields of `Strides`."""
+    if layout is None:
+        (x,) = given
+        x = x if x.stride(3) == 1 else x.contiguous()
+        return x, None, None, None, None, x.stride(2)
+    pool, table, _ = given
+    strides, before = pool.stride(), layout.before
+    places = pool.shape[before + 1], None if layout.outside else layout.factor, strides[before], strides[before + 1]
+    if layout.outside and (before, layout.factor) != (1, 1):  # the kernels take the first stride for that of the heads
+        pool = pool.as_strided((1,), (layout.factor * strides[before - 1],))
+    return pool, table, *places
 
 
 op.implement(
     "CUDA",
-    lambda spec, key, value, device: _direct(spec, _in_pages(key), _in_pages(value), architecture(device)),
+    lambda spec, key, value, device: _direct(spec, key, value, architecture(device)),
 )

@@ -7,7 +7,7 @@ import linecache
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Strides:
 
     Attributes:
         head: from one head to the next; None where it is known only at run time: the stride of the pool's first axis.
-        page, row: from one page, and from one row of it, to the next.
+        page, row: from one page, and from one row of it, to the next; no page where all rows of a head are one table
+            ``[B, K, S, D]``, whose heads and sequences have strides of their own.
     """
 
     head: int | None
-    page: int
+    page: int | None
     row: int
 
     @staticmethod
@@ -48,6 +49,11 @@ class Strides:
         """A pool ``[pages, page_size, K * D]``."""
         return Strides(size, page_size * heads * size, heads * size)
 
+    @staticmethod
+    def dense(row: int) -> Strides:
+        """Keys or values that are not in pages."""
+        return Strides(None, None, row)
+
 
 def source(
     spec: Attention,
@@ -59,17 +65,19 @@ def source(
     """The standalone module of a shape: its `attention` launches the kernels.
 
     Args:
-        keys, values: of the pools; by head where it is not given.
+        keys, values: of the pools; where it is not given, by head, or dense if the spec has no pages.
         how: instead of what the table of configurations says.
 
     Raises:
         NotImplementedError: an element type, a score, a mask or a step that Triton has no words for; the message says
             which.
     """
-    page = _check(spec)
-    keys = keys or Strides.by_head(page, spec.head_size)
-    values = values or Strides.by_head(page, spec.value_size)
-    cut = vars(how or config(spec, arch))
+    _check(spec)
+    keys = keys or _usual(spec.page_size, spec.head_size)
+    values = values or _usual(spec.page_size, spec.value_size)
+    paged = keys.page is not None and values.page is not None
+    cut = vars(how or config(spec if paged else replace(spec, page_size=None), arch))
+    page = spec.page_size or cut["block_n"]
     cut = cut | {"block_n": _constant(cut["block_n"])}
     facts = cut | _shape(spec, page, keys, values) | _words(spec)
     _, mark, tiles = (FOLDER / "tiles.py").read_text().partition("# ---- the shape")
@@ -110,14 +118,14 @@ def load(source: str) -> types.ModuleType:
     return module
 
 
-def _check(spec: Attention) -> int:
-    """The page size of a spec that can be said in Triton."""
+def _usual(page: int | None, size: int) -> Strides:
+    return Strides.dense(size) if page is None else Strides.by_head(page, size)
+
+
+def _check(spec: Attention) -> None:
     if spec.step is Step.ANY:
         raise NotImplementedError("a step that is neither decode nor prefill")
     refuse(spec, LARGEST_HEAD)
-    if spec.page_size is None:
-        raise NotImplementedError("keys and values that are not in pages")
-    return spec.page_size
 
 
 def _shape(spec: Attention, page: int, keys: Strides, values: Strides) -> dict[str, Any]:
@@ -128,10 +136,12 @@ def _shape(spec: Attention, page: int, keys: Strides, values: Strides) -> dict[s
         "head_pad": padded(spec.head_size),
         "value_size": spec.value_size,
         "value_pad": padded(spec.value_size),
+        "key_paged": keys.page is not None,
+        "value_paged": values.page is not None,
         "page_size": page,
-        "key_page": keys.page,
+        "key_page": keys.page or keys.row,
         "key_row": keys.row,
-        "value_page": values.page,
+        "value_page": values.page or values.row,
         "value_row": values.row,
         "scale": repr(float(spec.scale)),
         # A score that shrinks where the product grows has its maximum elsewhere.

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from sympy.core.function import AppliedUndef
 
-from kvpass.ir import Attention, Step
+from kvpass.ir import SCORE, Attention, I, Step
 from kvpass.lowering.architectures import ARCHITECTURES, Architecture
 
 
@@ -62,9 +63,19 @@ PREFILL_BY_GROUPS: Table = (
 FP32: Table = ((1024, Config(16, 16, 4, 1)),)
 # Half a tile less: with 64 keys ptxas keeps within 128 registers and spills.
 PREFILL_SM100: Table = ((128, Config(128, 32, 8, 3)), *PREFILL_BY_GROUPS)
-
+# For masks and scores that take registers of their own (`_reads_tiles`).
+DECODE_BESIDE: Table = ((512, Config(32, 32, 4, 3)), *DECODE[1:])
+PREFILL_BESIDE: Table = (
+    (128, Config(128, 32, 8, 2)),
+    (256, Config(64, 32, 8, 2)),
+    (512, Config(32, 32, 8, 2)),
+    *PREFILL[-2:],
+)
+PREFILL_BESIDE_BY_GROUPS: Table = ((256, Config(128, 32, 8, 2)), (512, Config(64, 32, 8, 2)), *PREFILL[-2:])
+PREFILL_BESIDE_CDNA: Table = (*PREFILL_BESIDE[:2], (512, Config(32, 32, 4, 2)), *PREFILL[-2:])
 
 _PREFILL = {"sm_90": PREFILL_BY_GROUPS, "sm_100": PREFILL_SM100}
+_PREFILL_BESIDE = {"sm_90": PREFILL_BESIDE_BY_GROUPS, "gfx942": PREFILL_BESIDE_CDNA}
 
 
 def config(spec: Attention, arch: str) -> Config:
@@ -86,16 +97,30 @@ def table(spec: Attention, arch: str) -> Table:
     """The configurations that come into question."""
     if spec.dtype is torch.float32:
         return FP32
+    if _reads_tiles(spec):
+        return DECODE_BESIDE if spec.step is Step.DECODE else _PREFILL_BESIDE.get(arch, PREFILL_BESIDE)
     return DECODE if spec.step is Step.DECODE else _PREFILL.get(arch, PREFILL)
 
 
+def _reads_tiles(spec: Attention) -> bool:
+    """Whether a tile of scores comes with a tile of something else: a bias of both rows, or a changed score under a
+    mask that compares what it reads of both."""
+    both_rows = any({"i", "j"} <= set(read.axes) for read in spec.reads)
+    compared = any(call.has(I) for call in spec.support.atoms(AppliedUndef))
+    return both_rows or (spec.score != SCORE and compared)
+
+
 def shared_memory(spec: Attention, found: Config, machine: Architecture) -> int:
-    """An upper bound of a kernel's shared memory, in bytes: tiles on their way, queries and their weights, and a
-    little for what warps exchange."""
+    """An upper bound of a kernel's shared memory, in bytes: tiles on their way, queries and their weights, what scores
+    and masks read, and a little for what warps exchange."""
     tile = found.block_n * both(spec)
     tiles = 2 if machine.by_groups and found.block_m >= 64 else max(1, found.stages - 2)
+    tiles += spec.page_size is None  # no page is looked up before a tile is asked for: one more is on its way
     queries = found.block_m * (max(padded(spec.head_size), padded(spec.value_size)) + found.block_n)
-    return (tiles * tile + queries) * spec.dtype.itemsize + 1024
+    read = sum(read.dtype.itemsize for read in spec.reads if {"i", "j"} <= set(read.axes))
+    read *= found.block_m * found.block_n * max(1, found.stages - 1)
+    read += 8 * (found.block_m + found.block_n) if spec.reads else 0
+    return (tiles * tile + queries) * spec.dtype.itemsize + read + 1024
 
 
 def both(spec: Attention) -> int:

@@ -45,11 +45,14 @@ def offline(spec: Attention, arch: str, new: int = 1, splits: int = 32, how: Con
     block = min(how.block_m, max(16, triton.next_power_of_2(new * spec.group)))
     constants = {"SHARED": True, "DIRECT": splits == 1, "BLOCK_M": block}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    tables = "*i32" if spec.page_size else f"*{_TYPES[spec.dtype]}"  # a launch gives what is there and is not read
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    signature |= dict.fromkeys(_OPERANDS, f"*{_TYPES[spec.dtype]}") | dict.fromkeys(_TABLES, "*i32")
+    signature |= dict.fromkeys(_OPERANDS, f"*{_TYPES[spec.dtype]}") | dict.fromkeys(_TABLES, tables)
     signature |= {name: "*fp32" for name in _PARTS if name in signature}
     signature["reads"] = tuple((f"*{_TYPES[read.dtype]}", *["i32"] * (_axes(spec, read) - 1)) for read in spec.reads)
     strides = {name for name in kernel.arg_names if name[1:2] == "_"}
+    if spec.page_size is None:
+        strides |= {"key_row", "value_row"}
     return Source(
         kernel,
         signature,

@@ -22,13 +22,17 @@ from kvpass.kernels.triton.tiles import (
     DV_PAD,
     GROUP,
     KEY_HEAD,
+    KEY_PAGED,
     KV_HEADS,
     RANGES,
     VALUE_HEAD,
+    VALUE_PAGED,
     D,
     absorb,
     normaliser,
+    places,
     reach,
+    steps,
 )
 
 #: end tiles
@@ -49,7 +53,8 @@ def prefill(
 
     Args:
         query: ``[B, H, N, D]``. out: ``[B, H, N, DV]``. The last axis is dense.
-        key_table, value_table: int32 ``[B, pages]``, rows of `key_row` and `value_row`; equal where `SHARED`.
+        key_table, value_table: int32 ``[B, pages]``, rows of `key_row` and `value_row`; equal where `SHARED`. Not read
+            where keys or values are not `PAGED`; then `key_row` and `value_row` lead from sequence to sequence.
         reads: of each tensor that scores and masks read the pointer and all strides but the last.
     """
     # The last blocks see the most keys: they come first.
@@ -65,10 +70,8 @@ def prefill(
 
     line = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n.to(tl.int64) * q_row
     q = tl.load(line[:, None] + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
-    keys += head.to(tl.int64) * k_head
-    values += head.to(tl.int64) * v_head
-    key_table += b.to(tl.int64) * key_row
-    value_table += b.to(tl.int64) * value_row
+    keys, key_table = places(keys, key_table, b, head, k_head, key_row, KEY_PAGED)
+    values, value_table = places(values, value_table, b, head, v_head, value_row, VALUE_PAGED)
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -104,8 +107,8 @@ def attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    key_table: torch.Tensor,
-    value_table: torch.Tensor,
+    key_table: torch.Tensor | None,
+    value_table: torch.Tensor | None,
     start: int,
     rows: int,
     reads: tuple[torch.Tensor, ...] = (),
@@ -114,8 +117,9 @@ def attention(
     """Attention of rows ``start .. rows - 1`` over all rows.
 
     Args:
-        query: ``[B, H, N, D]``. keys, values: pools, as the constants above say.
-        key_table, value_table: int32 ``[B, pages]``; the same tensor where keys and values share their pages.
+        query: ``[B, H, N, D]``. keys, values: pools, as the constants above say; ``[B, K, S, D]`` without pages.
+        key_table, value_table: int32 ``[B, pages]``; the same tensor where keys and values share their pages, None
+            where there are none.
         reads: what scores and masks read, in the order of the attention's reads; the last axis is dense.
         out: ``[B, H, N, DV]``, made here if it is not given.
     """
@@ -123,11 +127,12 @@ def attention(
     if out is None:
         out = query.new_empty(batch, heads, new, DV.value)
     loads = tuple((read, *read.stride()[:-1]) for read in reads)
+    shared = key_table is value_table
+    key_table, k_head, key_row = steps(keys, key_table, KEY_HEAD)
+    value_table, v_head, value_row = steps(values, value_table, VALUE_HEAD)
     prefill[(triton.cdiv(new * GROUP.value, BLOCK_M.value), KV_HEADS.value, batch)](
         query, keys, values, key_table, value_table, out, loads, start, rows, *query.stride()[:3],
-        keys.stride(0) if KEY_HEAD is None else KEY_HEAD,
-        values.stride(0) if VALUE_HEAD is None else VALUE_HEAD,
-        key_table.stride(0), value_table.stride(0), *out.stride()[:3],
-        SHARED=key_table is value_table, num_warps=WARPS, num_stages=STAGES,
+        k_head, v_head, key_row, value_row, *out.stride()[:3],
+        SHARED=shared, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

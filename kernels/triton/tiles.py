@@ -4,6 +4,7 @@
 `kvpass.lowering.triton` writes what follows the next line into the module of a shape.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +17,8 @@ D = tl.constexpr(128)  #= head_size
 D_PAD = tl.constexpr(128)  #= head_pad
 DV = tl.constexpr(128)  #= value_size
 DV_PAD = tl.constexpr(128)  #= value_pad
+KEY_PAGED = tl.constexpr(True)  #= key_paged
+VALUE_PAGED = tl.constexpr(True)  #= value_paged
 PAGE = tl.constexpr(64)  #= page_size
 KEY_PAGE = tl.constexpr(8192)  #= key_page
 KEY_ROW = tl.constexpr(128)  #= key_row
@@ -111,12 +114,25 @@ def spans(i0: int, i1: int, rows: int) -> tuple[tuple[int, int], ...]:
 
 
 @triton.jit
-def pages_of(table, tile, rows, MASKED: tl.constexpr):
+def places(pool, table, b, head, head_stride, sequence_stride, PAGED: tl.constexpr):
+    """Where the rows of a sequence and a head begin, and the table of the sequence."""
+    pool += head.to(tl.int64) * head_stride
+    if PAGED:
+        table += b.to(tl.int64) * sequence_stride
+    else:
+        pool += b.to(tl.int64) * sequence_stride
+    return pool, table
+
+
+@triton.jit
+def pages_of(table, tile, rows, PAGED: tl.constexpr, MASKED: tl.constexpr):
     """The page of a tile, or that of each of its rows, int64; looked up once for each page.
 
-    Rows that are not there have page 0 where the tile is `MASKED`.
+    Rows that are not there have page 0 where the tile is `MASKED`. In one table a row is a page.
     """
-    if ONE_PAGE:
+    if not PAGED:
+        page = tile * BLOCK_N
+    elif ONE_PAGE:
         page = tl.load(table + tile * BLOCK_N // PAGE)
     elif SOME_PAGES:
         COUNT: tl.constexpr = BLOCK_N // PAGE
@@ -144,14 +160,15 @@ def rows_of(
     ROW_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    PAGED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """A tile of keys or values, ``[BLOCK_N, SIZE_PAD]``. What is not there is zero."""
     r = tl.arange(0, BLOCK_N)
     c = tl.arange(0, SIZE_PAD)
     base = pool + pages * PAGE_STRIDE
-    if ONE_PAGE:
-        if PAGE != BLOCK_N:
+    if ONE_PAGE or not PAGED:
+        if PAGED and PAGE != BLOCK_N:
             base += tile * BLOCK_N % PAGE * ROW_STRIDE
         place = base + (r[:, None] * ROW_STRIDE + c[None, :])
     elif SOME_PAGES:
@@ -168,6 +185,14 @@ def rows_of(
     return tl.load(place)
 
 
+def steps(pool: torch.Tensor, table: torch.Tensor | None, head: int | None) -> tuple[torch.Tensor, int, int]:
+    """The table, and the strides from head to head and from sequence to sequence: the latter is one of the table, or,
+    where all rows of a head are one table, of the keys or values themselves. Then no table is read."""
+    if table is None:
+        return pool, pool.stride(1), pool.stride(0)
+    return table, pool.stride(0) if head is None else head, table.stride(0)
+
+
 # ---- the online softmax (Milakov and Gimelshein 2018) ----------------------------------------------------------------
 # most [M] the largest score so far, in units of ln 2; total [M] the sum of the exponentials; acc [M, DV_PAD] the
 # weighted sum of the values; all fp32.
@@ -179,8 +204,8 @@ def absorb(
     b, h, i, start, rows, reads, SHARED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The state with one more tile of keys. `MASKED`: not every row sees all keys of it."""
-    key_pages = pages_of(key_table, tile, rows, MASKED)
-    k = rows_of(keys, key_pages, tile, rows, KEY_PAGE, KEY_ROW, D, D_PAD, MASKED)
+    key_pages = pages_of(key_table, tile, rows, KEY_PAGED, MASKED)
+    k = rows_of(keys, key_pages, tile, rows, KEY_PAGE, KEY_ROW, D, D_PAD, KEY_PAGED, MASKED)
     s = tl.dot(q, k.T, input_precision="ieee")
     j = (tl.arange(0, BLOCK_N) + tile * BLOCK_N)[None, :]
     # A read at a row that is not there would be out of bounds.
@@ -197,8 +222,8 @@ def absorb(
     p = tl.exp2(s * factor - shift[:, None])
     shrink = tl.exp2(most - shift)
     total = total * shrink + tl.sum(p, 1)
-    value_pages = key_pages if SHARED else pages_of(value_table, tile, rows, MASKED)
-    v = rows_of(values, value_pages, tile, rows, VALUE_PAGE, VALUE_ROW, DV, DV_PAD, MASKED)
+    value_pages = key_pages if SHARED else pages_of(value_table, tile, rows, VALUE_PAGED, MASKED)
+    v = rows_of(values, value_pages, tile, rows, VALUE_PAGE, VALUE_ROW, DV, DV_PAD, VALUE_PAGED, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total
 

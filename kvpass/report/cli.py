@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from kvpass.errors import InputError
 from kvpass.report.dot import dot
 from kvpass.report.files import deliver
@@ -68,15 +70,16 @@ def kernels_command(records: Sequence[Record], namespace: Namespace) -> int:
 
     Args:
         records: as for `explain_command`.
-        namespace: ``arch`` (names with commas between), ``rows``, ``new``, ``page_size`` (numbers), ``format`` ("text"
-            or "json"), ``output`` as for `dump_command`.
+        namespace: ``arch`` (names with commas between), ``rows``, ``new``, ``page_size`` (numbers), ``dtype`` (a name
+            in torch, or None for the model's), ``format`` ("text" or "json"), ``output`` as for `dump_command`.
 
     Returns:
         As `explain_command`. Of a refused model the kernels of the graphs that are proven are shown, and the reasons.
     """
     report = Report.of(records)
     try:
-        setting = Setting(architectures(namespace.arch), namespace.rows, namespace.new, namespace.page_size)
+        dtype = getattr(torch, namespace.dtype) if namespace.dtype else None
+        setting = Setting(architectures(namespace.arch), namespace.rows, namespace.new, namespace.page_size, dtype)
         found = measure(filter(None, map(incremental_of, records)), setting)
     except InputError as error:
         return _complain(str(error))

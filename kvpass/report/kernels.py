@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -45,12 +45,13 @@ _LOADS = ("async_copy", "global_load")
 @dataclass(frozen=True)
 class Setting:
     """For which calls the kernels are compiled and counted: one sequence, ``new`` or `PREFILL_ROWS` rows behind
-    ``rows`` cached ones, in pages of ``page_size`` rows."""
+    ``rows`` cached ones, in pages of ``page_size`` rows; ``dtype`` takes the place of the model's."""
 
     archs: tuple[str, ...]
     rows: int = 4096
     new: int = 1
     page_size: int = 64
+    dtype: torch.dtype | None = None
 
     def new_rows(self, step: Step) -> int:
         return self.new if step is Step.DECODE else PREFILL_ROWS
@@ -158,7 +159,11 @@ def measure(incrementals: Iterable[Incremental], setting: Setting) -> list[Atten
     Raises:
         InputError: Triton is missing, or interprets.
     """
-    found = sum((asked(incremental) for incremental in incrementals), Counter[Asked]())
+    found = Counter[Asked]()
+    for incremental in incrementals:
+        for one, count in asked(incremental).items():
+            wanted = setting.dtype or one.spec.dtype
+            found[replace(one, spec=replace(one.spec, dtype=wanted))] += count
     if found:
         _check_triton()
     jobs = [(one, arch, step) for one in found for arch in setting.archs for step in (Step.DECODE, Step.PREFILL)]
@@ -190,9 +195,10 @@ def _kernels(one: Asked, arch: str, step: Step, setting: Setting) -> Iterator[Ke
     kernel = step.value
     try:
         _check_call(one, arch, step, setting)
-        for launch in launches(one.spec, arch, step, Call(setting.rows, new, setting.page_size)):
+        page_size = setting.page_size if one.key or one.value else None
+        for launch in launches(one.spec, arch, step, Call(setting.rows, new, page_size)):
             kernel = launch.kernel
-            yield Kernel(arch, device, kernel, cost=_cost(launch, arch))
+            yield Kernel(arch, device, kernel, cost=_cost(launch, arch, one.spec.dtype))
     except NotImplementedError as error:
         yield Kernel(arch, device, kernel, f"no Triton kernel for {error}")
     except (TritonError, RuntimeError, UnreadableFlow) as error:
@@ -219,7 +225,7 @@ def _check_call(one: Asked, arch: str, step: Step, setting: Setting) -> None:
         )
 
 
-def _cost(launch: Launch, arch: str) -> Cost:
+def _cost(launch: Launch, arch: str, dtype: torch.dtype) -> Cost:
     from kvpass.lowering.inspect import compile_for, resources
 
     with redirect_stdout(sys.stderr):  # Triton prints what ptxas refuses
@@ -240,7 +246,7 @@ def _cost(launch: Launch, arch: str) -> Cost:
         None if loop is None else loop.issue_share,
         launch.bytes,
         launch.flops,
-        roofline(arch, launch.bytes, launch.flops),
+        roofline(arch, launch.bytes, launch.flops, dtype),
     )
 
 
@@ -267,7 +273,7 @@ shared        bytes of a block; blocks: resident on a multiprocessor at once, 0 
 mma, ld16/2   tensor-core instructions, and loads of 16 and of 2 bytes, in the whole kernel
 instr/KiB     warp instructions for each KiB of keys and values in the main loop (not read from AMD machine code)
 issue         share of all issue slots that they take where keys and values come at full memory bandwidth
-bytes, MFLOP  of the call, each byte counted once; roofline: the time for them at full bandwidth and bf16 throughput"""
+bytes, MFLOP  of the call, each byte counted once; roofline: the time for them at full bandwidth and throughput"""
 
 
 def table(found: Sequence[AttentionKernels], setting: Setting) -> str:

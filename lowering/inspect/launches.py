@@ -26,11 +26,11 @@ _PAGE_NUMBER = 4  # bytes of an entry of a page table
 @dataclass(frozen=True)
 class Call:
     """A call for one sequence: ``new`` rows behind ``cached`` ones, keys and values in the same pages of ``page_size``
-    rows, heads outside of them (pools ``[K, pages, page_size, D]``)."""
+    rows, heads outside of them (pools ``[K, pages, page_size, D]``), or without pages (``[1, K, S, D]``)."""
 
     cached: int
     new: int
-    page_size: int
+    page_size: int | None
 
     @property
     def rows(self) -> int:
@@ -119,7 +119,7 @@ def _read(spec: Attention, module: ModuleType, call: Call) -> int:
     loads = sum(
         math.prod(sizes[letter] for letter in _letters(spec, read)) * read.dtype.itemsize for read in spec.reads
     )
-    pages = -(-keys // call.page_size)
+    pages = -(-keys // call.page_size) if call.page_size else 0
     return entries * spec.dtype.itemsize + pages * _PAGE_NUMBER + loads
 
 

@@ -27,6 +27,15 @@ for mask, new, cached, page_size in (("window", 1, 70, 16), ("padding", 3, 40, 1
     found = by_row(inputs.query, (turned, key_table, -1), (values, value_table, -1), cached, rows, inputs.reads)
     assert_as_good_as_plain(found, inputs)
     assert found.transpose(1, 2).is_contiguous()
+    of_tables = gpu.lower(spec, None, None, "sm_90")
+    found = of_tables(inputs.query, (inputs.key,), (inputs.value,), cached, rows, inputs.reads)
+    assert_as_good_as_plain(found, inputs)
+    # Heads that stand before the pages with something else between them.
+    apart = torch.full((3, 2, 2, *keys.shape[1:]), float("nan"))
+    apart[1, :, 0] = keys
+    mixed = gpu.lower(spec, Layout(before=3, outside=True, factor=2), None, "sm_90")
+    found = mixed(inputs.query, (apart[1:], key_table, -1), (inputs.value,), cached, rows, inputs.reads)
+    assert_as_good_as_plain(found, inputs)
 
 tuned = []
 triton.testing.do_bench = lambda run, return_mode: tuned.append(run()) or -len(tuned)

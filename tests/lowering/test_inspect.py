@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.driver import DriverConfig
@@ -255,8 +256,11 @@ def test_issue_share(arch: str, per_kib: float, share: float) -> None:
 
 
 def test_roofline() -> None:
-    assert roofline("sm_90", 3.35e12, 0) == pytest.approx(1.0)
-    assert roofline("sm_90", 3.35e12, 3 * 989.4e12) == pytest.approx(3.0)
+    assert roofline("sm_90", 3.35e12, 0, torch.bfloat16) == pytest.approx(1.0)
+    assert roofline("sm_90", 3.35e12, 3 * 989.4e12, torch.bfloat16) == pytest.approx(3.0)
+    assert ARCHITECTURES["sm_80"].flops(torch.float32) == pytest.approx(19.5e12, rel=0.01)
+    assert ARCHITECTURES["sm_120"].flops(torch.float32) == pytest.approx(104.8e12, rel=0.01)
+    assert ARCHITECTURES["gfx942"].flops(torch.float32) == pytest.approx(163.4e12, rel=0.01)
 
 
 PRODUCTS = {"sm_80": 2048, "sm_86": 1024, "sm_89": 1024, "sm_90": 4096, "sm_100": 8192, "sm_120": 512, "gfx942": 2048}

@@ -1,6 +1,7 @@
 """Generated Triton kernels without a GPU: values, faults, texts, and what they cost on each architecture."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpass.ir import Attention, Step
+from kvpass.ir import Attention, Read, Step
 from kvpass.kernels.text import parse, parse_expression
 from kvpass.lowering.architectures import ARCHITECTURES
 from kvpass.lowering.triton import load, source
@@ -102,6 +103,7 @@ def test_instructions_of_decode(page: int, most: float) -> None:
 KERNELS: list[tuple[Attention, str]] = [
     *((heads(query, kv, 64), arch) for query, kv in ((9, 3), (64, 8)) for arch in ("sm_90", "sm_100")),
     *((spec(page_size=16), arch) for arch in ("sm_80", "sm_120", "gfx942")),
+    (spec(page_size=None), "sm_90"),
     *((spec(step=Step.PREFILL), arch) for arch in ("sm_80", "sm_90", "sm_100")),
 ]
 
@@ -125,6 +127,24 @@ def test_resources(of: Attention, arch: str) -> None:
         assert found.loop.issue_share < 0.5
 
 
+WITH_BIAS: dict[str, Any] = {
+    "score": parse_expression("score + bias(b, h, i, j)"),
+    "support": parse_expression("(j <= i) & Ne(pad(b, j), 0)"),
+    "reads": (Read("bias", torch.bfloat16, "hij"), Read("pad", torch.bool, "")),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_what_scores_read_takes_registers_too(arch: str) -> None:
+    from kvpass.lowering.inspect import compile_for, resources
+    from kvpass.lowering.triton_offline import offline
+
+    of = spec(step=Step.PREFILL, **WITH_BIAS)
+    found = resources(compile_for(offline(of, arch), arch))
+    assert found.spill_bytes == 0
+    assert found.shared_bytes <= shared_memory(of, config(of, arch), ARCHITECTURES[arch])
+
+
 def test_a_window_costs_what_its_keys_cost() -> None:
     module = load(source(spec(support=parse_expression("(j <= i) & (j > i - 1024)"))))
     whole = load(source(spec()))
@@ -142,7 +162,6 @@ def test_a_window_costs_what_its_keys_cost() -> None:
     [
         ({"step": Step.ANY}, "neither decode nor prefill"),
         ({"dtype": torch.float64}, "elements of torch.float64"),
-        ({"page_size": None}, "not in pages"),
         ({"head_size": 513}, "heads of 513"),
         ({"softmax_dtype": torch.float64}, "a softmax in torch.float64"),
     ],
@@ -169,3 +188,35 @@ def test_another_constant_is_another_kernel() -> None:
 def test_importing_the_generator_does_not_import_triton() -> None:
     code = "import sys, kvpass.lowering.triton; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+ALL_MASKS = (
+    ("causal", "plain"),
+    ("causal", "bias"),
+    ("padding", "alibi"),
+    ("padding", "bias"),
+    ("padding", "batch"),
+    ("documents", "bias"),
+    ("documents", "cap"),
+    ("window", "alibi read"),
+)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("step", [Step.DECODE, Step.PREFILL], ids=lambda step: step.value)
+def test_no_kernel_spills(arch: str, step: Step) -> None:
+    """Where register files are concerned: all sizes, groups, masks and scores of a line."""
+    from kvpass.lowering.inspect import compile_for, resources
+    from kvpass.lowering.triton_offline import offline
+    from tests.lowering.triton_cases import Case
+
+    wrong = []
+    for (size, group), (mask, score) in itertools.product(((64, 3), (128, 4), (256, 4)), ALL_MASKS):
+        case = Case(step=step, sizes=(size, size), group=group, kv_heads=8, page=64, mask=mask, score=score)
+        of = case.spec(torch.bfloat16)
+        splits, new = (32, 1) if step is Step.DECODE else (1, 512)
+        found = resources(compile_for(offline(of, arch, new, splits), arch))
+        if found.spill_bytes or found.shared_bytes > shared_memory(of, config(of, arch), ARCHITECTURES[arch]):
+            wrong.append((size, mask, score, found))
+    assert not wrong

@@ -70,19 +70,24 @@ class Case:
     empty_is_nan: bool = False
     by_row: bool = False
     two_tables: bool = False
+    dense: str = ""
+    """Which of ``keys values`` are in one table instead of in pages."""
     config: Config | None = None
 
     def spec(self, dtype: torch.dtype) -> Attention:
         head, value = self.sizes
         found = parse(
             f"attention heads={self.group * self.kv_heads} kv_heads={self.kv_heads} head_size={head} "
-            f"value_size={value} dtype=float32 scale={head**-0.5} page_size={self.page}\n"
+            f"value_size={value} dtype=float32 scale={head**-0.5}\n"
             f"  score = {SCORES[self.score]}\n  support = {MASKS[self.mask]}"
         )
         words = f"{found.score} {found.support}" + " sink(" * self.sink
         reads = tuple(read for name, read in READS.items() if f"{name}(" in words)
         sink = "sink" if self.sink else None
-        return replace(found, dtype=dtype, step=self.step, reads=reads, sink=sink, empty_is_nan=self.empty_is_nan)
+        page = None if self.dense == "keys values" else self.page
+        return replace(
+            found, page_size=page, dtype=dtype, step=self.step, reads=reads, sink=sink, empty_is_nan=self.empty_is_nan
+        )
 
     def __str__(self) -> str:
         return " ".join(
@@ -146,19 +151,26 @@ def _spread(axes: str, load: Tensor) -> Tensor:
     return load
 
 
-def pools(case: Case, of: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pools(case: Case, of: Data) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Keys, values and their tables. Pages stand in random order, and what no row fills is NaN."""
     rows = case.start + case.new
     pages = -(-rows // case.page)
     tables = [torch.randperm(case.batch * pages + 1)[1:].view(case.batch, pages).int() for _ in range(2)]
     tables = tables if case.two_tables else tables[:1] * 2
-    made = []
-    for dense, table in zip((of.key, of.value), tables, strict=True):
+    made: list[Tensor] = []
+    used: list[Tensor | None] = []
+    for name, dense, table in zip(("keys", "values"), (of.key, of.value), tables, strict=True):
+        used.append(None if name in case.dense else table)
+        if name in case.dense:  # as a transposed projection leaves them, with rows behind them that are not there
+            poisoned = torch.full((case.batch, rows + 3, case.kv_heads, dense.shape[3]), float("nan"))
+            poisoned[:, :rows] = dense.transpose(1, 2)
+            made.append(poisoned.to(DTYPES[case.dtype]).transpose(1, 2))
+            continue
         pool = scattered(dense.to(DTYPES[case.dtype]), table, case.batch * pages + 1, case.page)
         if case.by_row:
             pool = pool.permute(1, 2, 0, 3).flatten(2)
         made.append(pool.contiguous())
-    return made[0], made[1], tables[0], tables[1]
+    return made[0], made[1], used[0], used[1]
 
 
 def generated(case: Case, of: Data, change: Callable[[str], str] = str) -> Tensor:
@@ -168,6 +180,9 @@ def generated(case: Case, of: Data, change: Callable[[str], str] = str) -> Tenso
     strides: list[Strides | None] = [None, None]
     if case.by_row:
         strides = [Strides.by_row(case.page, case.kv_heads, size) for size in case.sizes]
+    for k, name in enumerate(("keys", "values")):
+        if name in case.dense:
+            strides[k] = Strides.dense(case.kv_heads * case.sizes[k])
     module = load(change(source(spec, "sm_90", *strides, case.config)))
     # The last axis is dense, the others as a transposed projection leaves them.
     query = of.query.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
@@ -208,6 +223,9 @@ def grid(dtype: str) -> Iterator[Case]:
     for page in (1, 10, 32, 48, 64, 128, 256):
         yield replace(base, page=page, start=150, new=2, by_row=page in (10, 64), two_tables=page in (32, 48, 64))
     yield replace(base, page=16, start=150, two_tables=True, by_row=True)
+    for dense in ("keys values", "keys", "values"):
+        yield replace(base, dense=dense, start=150, new=2, sizes=(80, 48))
+        yield replace(one, dense=dense, step=Step.PREFILL, start=65, new=40, batch=2, mask="padding")
     for mask in MASKS:
         yield replace(base, mask=mask, new=2, start=199, config=SMALL)
         yield replace(one, mask=mask, new=40, start=65, batch=1, config=LARGE, empty_is_nan=mask == "padding")
@@ -250,5 +268,6 @@ def drawn(dtypes: tuple[str, ...]) -> st.SearchStrategy[Case]:
         empty_is_nan=st.booleans(),
         by_row=st.booleans(),
         two_tables=st.booleans(),
+        dense=st.sampled_from(("", "keys", "values", "keys values")),
         config=st.sampled_from((None, SMALL)),
     )
