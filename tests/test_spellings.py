@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import kvpass
 from kvpass.frontend.api import recording
@@ -14,7 +15,7 @@ from tests.models.tolerances import tolerance
 from tests.property.fast import compiled
 from tests.property.history import run_history
 from tests.property.oracle import compare
-from tests.spellings import CAUSAL_ONLY, PADDABLE, SPELLINGS
+from tests.spellings import CAUSAL_ONLY, NEG_INF, PADDABLE, SPELLINGS
 
 STEPS = ["fresh_7", "grow_1", "grow_1", "grow_9", "grow_1", "branch", "grow_2"]
 BY_HAND = frozenset(
@@ -156,3 +157,34 @@ def test_tolerances_are_below_one_key() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         assert 0 < tolerance(dtype).atol < 0.1
     assert tolerance(torch.long).atol == 0
+
+
+class Biased(nn.Module):
+    """SDPA with a mask that holds a bias and a fill."""
+
+    def __init__(self, fill: float, slopes: bool) -> None:
+        super().__init__()
+        self.embedding, self.qkv, self.head = nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(32, 50)
+        self.fill, self.slopes = fill, slopes
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, rows = ids.shape
+        q, k, v = (x.view(batch, rows, 4, 8).transpose(1, 2) for x in self.qkv(self.embedding(ids)).chunk(3, -1))
+        i, j, h = torch.arange(rows)[:, None], torch.arange(rows)[None, :], torch.arange(4)[:, None, None]
+        bias = (j - i) * (2.0 ** -(h + 1.0) if self.slopes else 0.25)
+        y = scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(j > i, self.fill))
+        return self.head(y.transpose(1, 2).reshape(batch, rows, 32))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fill", [NEG_INF, -1e9])
+@pytest.mark.parametrize("slopes", [False, True])
+def test_keys_that_a_bias_masks_are_not_visited(fill: float, slopes: bool) -> None:
+    torch.manual_seed(0)
+    model, ids = Biased(fill, slopes).eval(), torch.randint(50, (2, 40))
+    fast = torch.compile(model, backend="kvpass")
+    with torch.no_grad():
+        for rows in (7, 8, 30, 40):
+            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+    (attention,) = kvpass.explain(model, ids).attention
+    assert attention.mask == "j <= i"
+    assert ("[h, i, j]" in attention.score) == slopes  # a closed form is computed, anything else is read

@@ -21,12 +21,14 @@ from kvpass.transforms.sides import (
     NotRecognised,
     Parts,
     Recognised,
+    closed,
     count,
     emptied_by_index,
     only_fill,
     predicate,
     side_of,
     unrepeated,
+    without_fill,
 )
 from kvpass.transforms.spelled import spelled
 
@@ -90,6 +92,16 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
         if fact.fill is Fill.NEG and emptied_by_index(support):
             raise NotRecognised("a finite fill empties a row")
         return support, SCORE
+    value = closed(fact, letters)
+    if value is not None:
+        added, kept, fill = without_fill(value)
+        support = sympy.And(support, kept)
+        if fill is Fill.NEG and emptied_by_index(support):
+            raise NotRecognised("a finite fill empties a row")
+        return support, SCORE + added
+    if fact.fill in (Fill.NEG_INF, Fill.NEG):  # it stands in the load as well
+        kept = predicate(analyzed, fact.support, letters, loads)
+        support = sympy.And(support, kept) if fact.fill is Fill.NEG_INF or not emptied_by_index(kept) else support
     load = Load(f"load_{mask.name}", mask, letters)
     loads.append(load)
     return support, SCORE + sympy.Function(load.name, real=True)(B, H, I, J)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from sympy import Piecewise
 from sympy.core.function import AppliedUndef
 from torch import fx
 
@@ -84,6 +85,7 @@ LAYOUT = (
     aten.repeat.default,
     aten.slice.Tensor,
 )
+_LONGEST = 40  # ops of a closed form that is cheaper to compute for each score than to read
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
@@ -95,6 +97,31 @@ def only_fill(fact: Fact) -> Any:
     low = {val for val in values if val.is_number and Fill.of(val) in (Fill.NEG_INF, Fill.NEG)}
     known = support_of(fact.expr)
     return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
+
+
+def closed(fact: Fact, letters: Sequence[str | None]) -> Any:
+    """A function of indices alone, over ``b h i j``: part of the score, and nothing is read. None for anything else."""
+    if fact.expr is None or fact.expr.atoms(AppliedUndef) or letters.count("h") > 1:
+        return None
+    symbols = {index(k): {"b": B, "h": H, "i": I, "j": J}[str(letter)] for k, letter in enumerate(letters)}
+    value = number(fact.expr).xreplace(symbols)
+    return value if value.free_symbols <= {B, H, I, J} and sympy.count_ops(value) <= _LONGEST else None
+
+
+def without_fill(value: Any) -> tuple[Any, Any, Fill | None]:
+    """``(value, support, fill)`` of an additive mask: what is added inside the support, and what stands outside."""
+    inside, outside, fills = [], [], set()
+    for val, cond in branches(value):
+        fill = Fill.of(val) if val.is_number else None
+        if fill in (Fill.NEG_INF, Fill.NEG):
+            outside.append(cond)
+            fills.add(fill)
+        else:
+            inside.append((val, cond))
+    if not outside or not inside:
+        return value, sympy.true, None
+    fill = Fill.NEG if Fill.NEG in fills else Fill.NEG_INF
+    return Piecewise(*inside[:-1], (inside[-1][0], True)), simplify(sympy.Not(sympy.Or(*outside))), fill
 
 
 def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:

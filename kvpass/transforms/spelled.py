@@ -7,10 +7,8 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.expressions import number
 from kvpass.analysis.facts import Fact, Fill, Kind, index
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step, arguments
@@ -24,6 +22,7 @@ from kvpass.transforms.sides import (
     Recognised,
     Side,
     always_keeps_a_key,
+    closed,
     emptied_by_index,
     only_fill,
     predicate,
@@ -32,7 +31,6 @@ from kvpass.transforms.sides import (
 )
 
 aten = torch.ops.aten
-_LONGEST = 40  # ops of a closed form that is cheaper to compute for each score than to read
 
 
 def spelled(analyzed: Analyzed, softmax: fx.Node) -> Recognised:
@@ -123,21 +121,12 @@ class _Walk:
                 raise NotRecognised(f"{node.name} is combined with the scores along another axis")
             letters.append(names[place])
             del atom
-        known = self.closed(fact, letters)
+        known = closed(fact, letters)
         if known is not None:
             return known
         load = Load(f"load_{node.name}", node, tuple(map(str, letters)))
         self.loads.append(load)
         return sympy.Function(load.name, real=True)(B, H, I, J)
-
-    @staticmethod
-    def closed(fact: Fact, letters: list[str | None]) -> Any:
-        """A function of indices alone is part of the expression, and nothing is read; None for anything else."""
-        if fact.expr is None or fact.expr.atoms(AppliedUndef) or letters.count("h") > 1:
-            return None
-        symbols = {index(k): {"b": B, "h": H, "i": I, "j": J}[str(letter)] for k, letter in enumerate(letters)}
-        value = number(fact.expr).xreplace(symbols)
-        return value if value.free_symbols <= {B, H, I, J} and sympy.count_ops(value) <= _LONGEST else None
 
     def names(self) -> list[str | None]:
         """The index letter of each atom of the softmax."""
