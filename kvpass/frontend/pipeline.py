@@ -6,7 +6,7 @@ from functools import partial
 
 from kvpass.analysis.sweep import analyze
 from kvpass.ir import Captured
-from kvpass.kernels import ops
+from kvpass.lowering import ops
 from kvpass.lowering.choose import lower, prepare
 from kvpass.transforms.normalise import normalise
 from kvpass.transforms.plan import plan

@@ -153,6 +153,7 @@ def test_facts_that_a_template_asks_for() -> None:
 
 def test_the_general_kernel_compiles_as_it_stands() -> None:
     assert build.load(cpp.SOURCE.read_text()).kvpass_decode
+    assert build.load(cpp.SOURCE.with_name("append.cpp").read_text()).kvpass_append
 
 
 @pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="an x86 with AVX2 only")
