@@ -188,3 +188,53 @@ def test_keys_that_a_bias_masks_are_not_visited(fill: float, slopes: bool) -> No
     (attention,) = kvpass.explain(model, ids).attention
     assert attention.mask == "j <= i"
     assert ("[h, i, j]" in attention.score) == slopes  # a closed form is computed, anything else is read
+
+
+class Sinks(nn.Module):
+    """A learned score without a value joins the softmax of each row, as the last or the first column."""
+
+    def __init__(self, how: str, fill: float, width: int) -> None:
+        super().__init__()
+        self.embedding, self.q, self.kv = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head, self.sinks = nn.Linear(32, 50), nn.Parameter(2 * torch.randn(4))
+        self.how, self.fill, self.width = how, fill, width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, rows = ids.shape
+        x = self.embedding(ids)
+        q = self.q(x).view(batch, rows, 4, 8).transpose(1, 2)
+        k, v = (y.view(batch, rows, 2, 8).transpose(1, 2) for y in self.kv(x).chunk(2, -1))
+        k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        i, j = torch.arange(rows)[:, None], torch.arange(rows)[None, :]
+        seen = j < i if self.how == "strict" else (j <= i) & (j > i - self.width)
+        scores = (q @ k.mT * 8**-0.5).masked_fill(~seen, self.fill)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(batch, -1, rows, -1)
+        if self.how == "first":
+            y = torch.cat([sinks, scores], -1).softmax(-1)[..., 1:] @ v
+        else:
+            joined = torch.cat([scores, sinks], -1)
+            weights = (joined - joined.max(-1, keepdim=True).values).softmax(-1)
+            y = torch.dropout(weights[..., :-1], 0.1, False) @ v
+            y = y + weights[..., -1:] if self.how == "read" else y
+        return self.head(y.transpose(1, 2).reshape(batch, rows, 32))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("how", "width"), [("last", 40), ("first", 40), ("last", 6), ("strict", 40)])
+@pytest.mark.parametrize("fill", [NEG_INF, torch.finfo(torch.float32).min])
+def test_learned_sinks(how: str, width: int, fill: float) -> None:
+    torch.manual_seed(0)
+    model, ids = Sinks(how, fill, width).eval(), torch.randint(50, (2, 40))
+    fast = torch.compile(model, backend="kvpass")
+    with torch.no_grad():
+        for rows in (7, 8, 30, 40):
+            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+    report = kvpass.explain(model, ids)
+    assert report.proven == (how != "strict" or fill == NEG_INF)  # a finite fill empties the first row
+    assert all(a.score.endswith("a sink of each head") and a.lowering[:3] == "C++" for a in report.attention)
+    assert len(report.attention) == report.proven
+
+
+def test_a_sink_that_is_read_is_a_column_like_any_other() -> None:
+    report = kvpass.explain(Sinks("read", NEG_INF, 40).eval(), torch.randint(50, (2, 40)))
+    assert not report.proven
+    assert not report.attention

@@ -158,7 +158,7 @@ def _attention(analyzed: Analyzed, match: Recognised, lowering: str, known: Leav
     return AttentionReport(
         mask=formula(spec.support, known),
         proof=_CONTEXT if context else causality(spec.support, known),
-        score=formula(score, known),
+        score=formula(score, known) + (", beside a sink of each head" if spec.sink else ""),
         lowering=lowering,
         heads=spec.heads,
         kv_heads=spec.kv_heads,

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
+from kvpass.transforms.sinks import separate
 
 aten = torch.ops.aten
 
@@ -47,6 +48,7 @@ def normalise(module: fx.GraphModule) -> None:
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
+    separate(graph)
     graph.eliminate_dead_code()
     module.recompile()
 

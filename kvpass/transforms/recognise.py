@@ -30,6 +30,7 @@ from kvpass.transforms.sides import (
     unrepeated,
     without_fill,
 )
+from kvpass.transforms.sinks import SOFTMAX
 from kvpass.transforms.spelled import spelled
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def recognise(analyzed: Analyzed) -> tuple[dict[fx.Node, Recognised], dict[fx.No
         try:
             if node.target is aten.scaled_dot_product_attention.default:
                 found[node] = _sdpa(analyzed, node)
-            elif node.target in (aten.softmax.int, aten._softmax.default) and _over_rows(node, step):
+            elif node.target in (*SOFTMAX, aten._safe_softmax.default) and _over_rows(node, step):
                 match = spelled(analyzed, node)
                 found[match.out] = match
         except NotRecognised as reason:

@@ -247,6 +247,7 @@ class Parts:
         loads: list[Load],
         softmax_dtype: torch.dtype | None = None,
         empty_is_nan: bool = False,
+        sink: str | None = None,
     ) -> Recognised:
         fact = self.analyzed.fact
         q, k, v = fact(self.query.node), fact(self.key.node), fact(self.value.node)
@@ -272,5 +273,6 @@ class Parts:
             reads=tuple(load.read(fact(load.node)) for load in loads),
             softmax_dtype=softmax_dtype,
             empty_is_nan=empty_is_nan,
+            sink=sink,
         )
         return Recognised(self.out, spec, self.query, self.key, self.value, self.result, tuple(loads))

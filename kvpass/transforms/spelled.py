@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from kvpass.analysis.facts import Fact, Fill, Kind, index
+from kvpass.analysis.facts import Fact, Fill, Kind, index, product
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
@@ -29,6 +29,7 @@ from kvpass.transforms.sides import (
     side_of,
     unrepeated,
 )
+from kvpass.transforms.sinks import sink_of
 
 aten = torch.ops.aten
 
@@ -42,20 +43,23 @@ def spelled(analyzed: Analyzed, softmax: fx.Node) -> Recognised:
     (key_atom,) = axis
     walk = _Walk(analyzed, softmax, key_atom)
     product, score = walk.back(arguments(softmax)[0], tuple(range(len(fact.atoms))))
-    out, weights_at = _forward(analyzed, softmax)
-    return walk.match(product, score, out, weights_at)
+    out, weights_at, sink = _forward(analyzed, softmax)
+    return walk.match(product, score, out, weights_at, sink)
 
 
-def _forward(analyzed: Analyzed, softmax: fx.Node) -> tuple[fx.Node, int]:
-    """The contraction with the values, and which of its operands the weights are."""
-    node = softmax
+def _forward(analyzed: Analyzed, softmax: fx.Node) -> tuple[fx.Node, int, fx.Node | None]:
+    """The contraction with the values, which of its operands the weights are, and a sink that joins them."""
+    node, sink = softmax, None
     while True:
         users = list(node.users)
         if len(users) != 1:
             raise NotRecognised("the weights are used more than once")
         user = users[0]
         if user.target in PRODUCTS and user.target is not aten.baddbmm.default:
-            return user, analyzed.steps[user].operands.index(node)
+            return user, analyzed.steps[user].operands.index(node), sink
+        if node is softmax and (sink := sink_of(analyzed, user, softmax)) is not None:
+            node = user
+            continue
         if user.target not in (aten._to_copy.default, *LAYOUT):
             raise NotRecognised(f"the weights pass through {user.target}")
         node = user
@@ -155,14 +159,31 @@ class _Walk:
             raise NotRecognised("a finite fill empties a row")
         return support
 
-    def match(self, product: fx.Node, score: Any, out: fx.Node, weights_at: int) -> Recognised:
+    def sink(self, node: fx.Node) -> str:
+        """The name of the read of a sink: one entry for each head."""
+        fact, letters = self.analyzed.fact(node), iter(self.names())
+        along = [{x for atom, x in zip(dim, letters, strict=False) if atom.size != 1} for dim in self.fact.dims]
+        sizes = [product(dim) for dim in fact.dims]
+        wanted = [product(dim) if x == {"h"} else 1 for x, dim in zip(along, self.fact.dims, strict=True)]
+        if sizes != wanted or fact.ghosts:
+            raise NotRecognised(f"a sink of axes {fact}")
+        load = Load(f"load_{node.name}", node, ("h",) * len(fact.atoms))
+        self.loads.append(load)
+        return load.name
+
+    def match(
+        self, product: fx.Node, score: Any, out: fx.Node, weights_at: int, sink: fx.Node | None = None
+    ) -> Recognised:
         q, k = self._query_and_key(product)
         value, result = self._value(out, weights_at)
         parts = Parts(self.analyzed, out, q, unrepeated(self.analyzed, k), unrepeated(self.analyzed, value), result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
+        strict = strict and self.softmax.target is not aten._safe_softmax.default
         dtype = self.softmax.meta["val"].dtype
-        return parts.finish(1.0, score, support, self.loads, dtype, strict and not always_keeps_a_key(support))
+        name = None if sink is None else self.sink(sink)
+        empty_is_nan = strict and not always_keeps_a_key(support)
+        return parts.finish(1.0, score, support, self.loads, dtype, empty_is_nan, name)
 
     def _query_and_key(self, product: fx.Node) -> tuple[Side, Side]:
         step = self.analyzed.steps[product]

@@ -1,0 +1,110 @@
+"""A column beside the keys that takes a share of the softmax and has no value: an attention sink that was learned.
+
+It is written as ``softmax(cat([scores, sink], -1))[..., :-1]``. The softmax over one column more is the softmax over
+the keys, times the share that the sink leaves to them::
+
+    exp(s_j) / (sum_k exp(s_k) + exp(sink)) = softmax(s)_j * sigmoid(logsumexp(s) - sink)
+
+and in this form each op is one that has a rule. A row whose keys are all masked keeps its zeros: the first factor is
+ATen's safe softmax.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.analysis.sweep import Analyzed, arguments, sym
+
+aten = torch.ops.aten
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+
+
+def separate(graph: fx.Graph) -> None:
+    """Rewrite every softmax with a sink among its columns that nobody reads behind it."""
+    for node in list(graph.nodes):
+        if node.target in SOFTMAX:
+            _separate(graph, node)
+
+
+def sink_of(analyzed: Analyzed, product: fx.Node, softmax: fx.Node) -> fx.Node | None:
+    """The sink, where ``product`` is the weights of ``softmax`` times the share that one leaves to them."""
+    operands = analyzed.steps[product].operands
+    if product.target is not aten.mul.Tensor or softmax.target is not aten._safe_softmax.default or len(operands) != 2:
+        return None
+    share = operands[1]
+    rest = arguments(share)[0] if share.target is aten.sigmoid.default else None
+    if rest is None or rest.target is not aten.sub.Tensor or len(analyzed.steps[rest].operands) != 2:
+        return None
+    total, sink = arguments(rest)
+    if total.target is not aten.logsumexp.default or arguments(total)[0] is not arguments(softmax)[0]:
+        return None
+    return sink if list(arguments(total)[1]) == [arguments(softmax)[1]] else None
+
+
+def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
+    joined = _before_shift(*arguments(softmax)[:2])
+    if joined.target not in (aten.cat.default, aten.concat.default) or len(arguments(joined)[0]) != 2:
+        return
+    value = softmax.meta["val"]
+    axis = arguments(softmax)[1] % value.dim()
+    pieces, along = arguments(joined)[0], (arguments(joined)[1] if len(arguments(joined)) > 1 else 0) % value.dim()
+    sizes = [sym(piece.meta["val"].shape[axis]) for piece in pieces]
+    if along != axis or 1 not in sizes or sizes == [1, 1] or joined.meta["val"].dtype != value.dtype:
+        return
+    last = sizes[1] == 1
+    scores, sink = pieces if last else reversed(pieces)
+    if any(piece.meta["val"].dtype != value.dtype for piece in pieces):
+        return
+    cuts = list(softmax.users)
+    if not cuts or not all(_cuts(cut, axis, 0 if last else 1, scores) for cut in cuts):
+        return
+    if sink.target is aten.expand.default and arguments(sink)[0].meta["val"].dim() == value.dim():
+        sink = arguments(sink)[0]
+    with graph.inserting_before(softmax):
+        weights = _call(graph, softmax, aten._safe_softmax.default, scores, axis)
+        total = _call(graph, softmax, aten.logsumexp.default, scores, [axis], True)
+        rest = _call(graph, softmax, aten.sub.Tensor, total, sink)
+        share = _call(graph, softmax, aten.sigmoid.default, rest)
+        made = _call(graph, softmax, aten.mul.Tensor, weights, share)
+    for cut in cuts:
+        cut.replace_all_uses_with(made)
+        graph.erase_node(cut)
+    graph.erase_node(softmax)
+
+
+def _before_shift(x: fx.Node, axis: int) -> fx.Node:
+    """What the maximum along the axis was taken from, which a softmax does not notice."""
+    if x.target is not aten.sub.Tensor or len(arguments(x)) != 2 or x.kwargs:
+        return x
+    whole, top = arguments(x)
+    if not isinstance(top, fx.Node):
+        return x
+    if top.target is operator.getitem and arguments(top)[1] == 0:
+        top = arguments(top)[0]
+    if top.target not in (aten.max.dim, aten.amax.default) or arguments(top)[0] is not whole:
+        return x
+    rank = whole.meta["val"].dim()
+    axes = arguments(top)[1] if isinstance(arguments(top)[1], (list, tuple)) else [arguments(top)[1]]
+    kept = len(arguments(top)) > 2 and arguments(top)[2]
+    return whole if kept and [a % rank for a in axes] == [axis % rank] else x
+
+
+def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:
+    """True for a slice of the columns of the scores."""
+    args = arguments(node)
+    if node.target is not aten.slice.Tensor or (len(args) > 4 and args[4] != 1):
+        return False
+    value = node.meta["val"]
+    same = [sym(a) - sym(b) for a, b in zip(value.shape, scores.meta["val"].shape, strict=True)]
+    return args[1] % value.dim() == axis and (args[2] or 0) == start and not any(same)
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "val": target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))}
+    return node
