@@ -512,8 +512,10 @@ inline void weigh(State& state, float* s, int stride, int queries, int count, in
     for (; j + WIDE <= count; j += WIDE) total += rounded(weights + j, decay(load_floats<WideV>(row + j) - most));
     for (int k = 0; k < WIDE; ++k) sum += total[k];
     for (; j < count; ++j) {
-      from_float(exponential(row[j] - most), weights[j]);
-      sum += to_float(weights[j]);
+      Weight weight;
+      from_float(exponential(row[j] - most), weight);
+      std::memcpy(weights + j, &weight, sizeof weight);
+      sum += to_float(weight);
     }
     if (most != state.most[m]) {
       float shrink = exponential(state.most[m] - most);

@@ -163,6 +163,7 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     SortOverFeatures,
     RollAndFlipOverFeatures,
     SoftmaxOverFeatures,
+    StrictMaskWithSink,
     StrictlyLess,
     NotGreater,
     TwoSidedWindowCutOff,
@@ -175,5 +176,5 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     SwitchAtLength,
 )
 
-# Causal, and refused by name until a rule covers them: a softmax over keys and a sink, a convolution over rows.
-NOT_YET: tuple[type[Model], ...] = (StrictMaskWithSink, CausalConvolution)
+# Causal, and refused by name until a rule covers them: a convolution over rows.
+NOT_YET: tuple[type[Model], ...] = (CausalConvolution,)
