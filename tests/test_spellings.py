@@ -219,12 +219,17 @@ class Sinks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "width", "fill"),
-    [("last", 6, -3e38), ("first", 40, NEG_INF), ("strict", 40, NEG_INF), ("strict", 40, -3e38)],
+    ("how", "width", "fill", "dtype"),
+    [
+        ("last", 6, -3e38, torch.float32),
+        ("first", 40, NEG_INF, torch.bfloat16),
+        ("strict", 40, NEG_INF, torch.float32),
+        ("strict", 40, -3e38, torch.float32),
+    ],
 )
-def test_learned_sinks(how: str, width: int, fill: float) -> None:
+def test_learned_sinks(how: str, width: int, fill: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model, ids = Sinks(how, fill, width).eval(), torch.randint(50, (2, 40))
+    model, ids = Sinks(how, fill, width).eval().to(dtype), torch.randint(50, (2, 40))
     fast = torch.compile(model, backend="kvpass")
     with torch.no_grad():
         for rows in (7, 8, 30, 40):

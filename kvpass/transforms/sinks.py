@@ -65,12 +65,17 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
         return
     if sink.target is aten.expand.default and arguments(sink)[0].meta["val"].dim() == value.dim():
         sink = arguments(sink)[0]
+    wide = torch.promote_types(value.dtype, torch.float32)  # half precision would round the logarithm of the sum
     with graph.inserting_before(softmax):
+        if wide != value.dtype:
+            scores, sink = (_call(graph, softmax, aten._to_copy.default, x, dtype=wide) for x in (scores, sink))
         weights = _call(graph, softmax, aten._safe_softmax.default, scores, axis)
         total = _call(graph, softmax, aten.logsumexp.default, scores, [axis], True)
         rest = _call(graph, softmax, aten.sub.Tensor, total, sink)
         share = _call(graph, softmax, aten.sigmoid.default, rest)
         made = _call(graph, softmax, aten.mul.Tensor, weights, share)
+        if wide != value.dtype:
+            made = _call(graph, softmax, aten._to_copy.default, made, dtype=value.dtype)
     for cut in cuts:
         cut.replace_all_uses_with(made)
         graph.erase_node(cut)
@@ -104,7 +109,8 @@ def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:
     return args[1] % value.dim() == axis and (args[2] or 0) == start and not any(same)
 
 
-def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {**like.meta, "val": target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))}
+def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
+    node.meta = {**like.meta, "val": target(*values, **kwargs)}
     return node
