@@ -233,7 +233,8 @@ def test_learned_sinks(how: str, width: int, fill: float, dtype: torch.dtype) ->
     fast = torch.compile(model, backend="kvpass")
     with torch.no_grad():
         for rows in (7, 8, 30, 40):
-            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+            limit = tolerance(dtype)
+            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]), atol=limit.atol, rtol=limit.rtol)
     report = kvpass.explain(model, ids)
     assert report.proven == (how != "strict" or fill == NEG_INF)  # a finite fill empties the first row
     assert all(a.score.endswith("a sink of each head") and a.lowering[:3] == "C++" for a in report.attention)
