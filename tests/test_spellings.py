@@ -159,6 +159,13 @@ def test_tolerances_are_below_one_key() -> None:
     assert tolerance(torch.long).atol == 0
 
 
+def exact_while_it_grows(model: nn.Module, ids: Tensor, **limit: float) -> None:
+    fast = torch.compile(model, backend="kvpass")
+    with torch.no_grad():
+        for rows in (7, 8, 30, 40):
+            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]), **limit)
+
+
 class Biased(nn.Module):
     """SDPA with a mask that holds a bias and a fill."""
 
@@ -180,10 +187,7 @@ class Biased(nn.Module):
 def test_keys_that_a_bias_masks_are_not_visited(fill: float, slopes: bool) -> None:
     torch.manual_seed(0)
     model, ids = Biased(fill, slopes).eval(), torch.randint(50, (2, 40))
-    fast = torch.compile(model, backend="kvpass")
-    with torch.no_grad():
-        for rows in (7, 8, 30, 40):
-            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+    exact_while_it_grows(model, ids)
     (attention,) = kvpass.explain(model, ids).attention
     assert attention.mask == "j <= i"
     assert ("[h, i, j]" in attention.score) == slopes  # a closed form is computed, anything else is read
@@ -230,11 +234,7 @@ class Sinks(nn.Module):
 def test_learned_sinks(how: str, width: int, fill: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, ids = Sinks(how, fill, width).eval().to(dtype), torch.randint(50, (2, 40))
-    fast = torch.compile(model, backend="kvpass")
-    with torch.no_grad():
-        for rows in (7, 8, 30, 40):
-            limit = tolerance(dtype)
-            torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]), atol=limit.atol, rtol=limit.rtol)
+    exact_while_it_grows(model, ids, **tolerance(dtype)._asdict())
     report = kvpass.explain(model, ids)
     assert report.proven == (how != "strict" or fill == NEG_INF)  # a finite fill empties the first row
     assert all(a.score.endswith("a sink of each head") and a.lowering[:3] == "C++" for a in report.attention)

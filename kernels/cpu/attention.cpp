@@ -239,10 +239,8 @@ inline WideV rounded(bfloat16* to, WideV x) {
   return bits<WideV>(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)small), 16));
 }
 #endif
-//: endif
 
-//: if brain
-// The same chunk, as it stands in memory.
+// One chunk as it stands in memory.
 template <int SIZE, class T>
 inline T load_raw(const Element* row, int c) {
   constexpr int ENTRIES = int(sizeof(T) / sizeof(Element));
@@ -290,12 +288,11 @@ struct OperandOf<true> {
 #endif
 //: endif
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
-using Operand = OperandOf<INTERLEAVED>;
 constexpr bool PAIRED = INTERLEAVED;
 #else
 constexpr bool PAIRED = false;
-using Operand = OperandOf<false>;
 #endif
+using Operand = OperandOf<PAIRED>;
 
 // Where entry `d` of a result stands in its chunks.
 inline int spread(int d) {
@@ -699,11 +696,8 @@ struct ValuesOf<true> {
     std::memcpy(&both, w, whole ? 4 : 2);
     return held(splat<WideV>(bits<float>(both)));
   }
-  static __m512i load(const Element* row, int c) {
-    return (__m512i)load_raw<DV, WideV>(row, c);
-  }
   static ValuesOf of(const Element* const* rows, bool whole, int c) {
-    const __m512i first = load(rows[0], c), second = whole ? load(rows[1], c) : __m512i{};
+    const __m512i first = (__m512i)load_raw<DV, WideV>(rows[0], c), second = whole ? (__m512i)load_raw<DV, WideV>(rows[1], c) : __m512i{};
     return {held((WideV)_mm512_unpacklo_epi16(first, second)), held((WideV)_mm512_unpackhi_epi16(first, second))};
   }
   void times(WideV w, WideV& x, WideV& y) const {

@@ -69,6 +69,12 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+def dim_of(node: fx.Node, place: int) -> int:
+    """The axis that an op is told, as its argument number ``place`` or by name; 0 where it is not."""
+    args = arguments(node)
+    return int(args[place] if len(args) > place else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+
+
 def source_of(node: fx.Node) -> str:
     """The user's innermost line, ``file:line in function: code``."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]

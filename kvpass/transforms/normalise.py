@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.analysis.sweep import arguments, sym
+from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.sinks import separate
 
 aten = torch.ops.aten
@@ -69,21 +69,15 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
     """The axis of a split and the length of each piece, from the shapes that were traced."""
-    x, axis = arguments(node)[0].meta["val"], _dim(node, 2)
+    x, axis = arguments(node)[0].meta["val"], dim_of(node, 2)
     return axis % x.dim(), [piece.shape[axis] for piece in node.meta["val"]]
-
-
-def _dim(node: fx.Node, place: int) -> int:
-    args: Any = node.args
-    kwargs: Any = node.kwargs
-    return int(args[place] if len(args) > place else kwargs.get("dim", 0))
 
 
 def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
     """``split`` and a ``getitem`` become a ``slice``; ``unbind`` and a ``getitem`` a ``select``."""
     sizes: list[Any]
     if unbind:
-        axis, sizes = _dim(node, 1), []
+        axis, sizes = dim_of(node, 1), []
     else:
         axis, sizes = _pieces_of_split(node)
         if not all(isinstance(size, int) for size in sizes):

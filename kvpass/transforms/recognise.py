@@ -87,25 +87,23 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
     letters = _letters(fact, analyzed.fact(node), node)
     if fact.dtype is torch.bool:
         return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
-    known = only_fill(fact)
-    if known is not None:
-        support = sympy.And(support, predicate(analyzed, known, letters, loads))
-        if fact.fill is Fill.NEG and emptied_by_index(support):
-            raise NotRecognised("a finite fill empties a row")
-        return support, SCORE
-    value = closed(fact, letters)
-    if value is not None:
+    added: Any = sympy.Integer(0)
+    kept, fill = sympy.true, fact.fill
+    if (known := only_fill(fact)) is not None:
+        kept = predicate(analyzed, known, letters, loads)
+    elif (value := closed(fact, letters)) is not None:
         added, kept, fill = without_fill(value)
-        support = sympy.And(support, kept)
-        if fill is Fill.NEG and emptied_by_index(support):
-            raise NotRecognised("a finite fill empties a row")
-        return support, SCORE + added
-    if fact.fill in (Fill.NEG_INF, Fill.NEG):  # it stands in the load as well
-        kept = predicate(analyzed, fact.support, letters, loads)
-        support = sympy.And(support, kept) if fact.fill is Fill.NEG_INF or not emptied_by_index(kept) else support
-    load = Load(f"load_{mask.name}", mask, letters)
-    loads.append(load)
-    return support, SCORE + sympy.Function(load.name, real=True)(B, H, I, J)
+    else:
+        if fill in (Fill.NEG_INF, Fill.NEG):  # it stands in the load as well, so a row that it empties may keep it
+            inside = predicate(analyzed, fact.support, letters, loads)
+            kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside) else kept
+        load = Load(f"load_{mask.name}", mask, letters)
+        loads.append(load)
+        added = sympy.Function(load.name, real=True)(B, H, I, J)
+    support = sympy.And(support, kept)
+    if fill is Fill.NEG and emptied_by_index(support):
+        raise NotRecognised("a finite fill empties a row")
+    return support, SCORE + added
 
 
 def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:

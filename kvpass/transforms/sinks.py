@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.analysis.sweep import Analyzed, arguments, sym
+from kvpass.analysis.sweep import Analyzed, arguments, dim_of, sym
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -52,7 +52,7 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
         return
     value = softmax.meta["val"]
     axis = arguments(softmax)[1] % value.dim()
-    pieces, along = arguments(joined)[0], (arguments(joined)[1] if len(arguments(joined)) > 1 else 0) % value.dim()
+    pieces, along = arguments(joined)[0], dim_of(joined, 1) % value.dim()
     sizes = [sym(piece.meta["val"].shape[axis]) for piece in pieces]
     if along != axis or 1 not in sizes or sizes == [1, 1] or joined.meta["val"].dtype != value.dtype:
         return

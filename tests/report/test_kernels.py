@@ -65,10 +65,14 @@ def make_double() -> nn.Module:
     return Wide(torch.float64)
 
 
+FIELDS: dict[str, Any] = {
+    "arch": "sm_90,gfx942", "rows": 4096, "new": 1, "page_size": 64, "dtype": None, "format": "text", "output": None,
+}  # fmt: skip
+
+
 def told(records: Any, capsys: pytest.CaptureFixture[str], **given: Any) -> tuple[int, str, str]:
     """Exit code, standard output and error of the command."""
-    fields: dict[str, Any] = {"rows": 4096, "new": 1, "page_size": 64, "format": "text", "output": None}
-    code = kernels_command(records, Namespace(**({"arch": "sm_90,gfx942", "dtype": None} | fields | given)))
+    code = kernels_command(records, Namespace(**FIELDS | given))
     return code, *capsys.readouterr()
 
 
@@ -78,17 +82,8 @@ def wide() -> dict[str, Any]:
     torch._dynamo.reset()
     with recording() as found, torch.no_grad():
         compile_incremental(make_wide(), verify=False)(torch.arange(14).reshape(2, 7) % VOCABULARY)
-    fields = {
-        "arch": ",".join(ARCHS),
-        "rows": 4096,
-        "new": 1,
-        "page_size": 64,
-        "dtype": None,
-        "format": "json",
-        "output": None,
-    }
     with redirect_stdout(io.StringIO()) as out:
-        assert kernels_command(found, Namespace(**fields)) == 0
+        assert kernels_command(found, Namespace(**FIELDS | {"arch": ",".join(ARCHS), "format": "json"})) == 0
     return json.loads(out.getvalue())  # type: ignore[no-any-return]
 
 
