@@ -61,6 +61,7 @@ PREFILL_BY_GROUPS: Table = (
 )
 # Products of fp32 are no work for tensor cores: a thread holds what it multiplies.
 FP32: Table = ((1024, Config(16, 16, 4, 1)),)
+FP32_NARROW: Table = ((512, Config(16, 16, 2, 1)), *FP32)
 # Half a tile less: with 64 keys ptxas keeps within 128 registers and spills.
 PREFILL_SM100: Table = ((128, Config(128, 32, 8, 3)), *PREFILL_BY_GROUPS)
 # For masks and scores that take registers of their own (`_reads_tiles`).
@@ -74,6 +75,13 @@ PREFILL_BESIDE: Table = (
 PREFILL_BESIDE_BY_GROUPS: Table = ((256, Config(128, 32, 8, 2)), (512, Config(64, 32, 8, 2)), *PREFILL[-2:])
 PREFILL_BESIDE_CDNA: Table = (*PREFILL_BESIDE[:2], (512, Config(32, 32, 4, 2)), *PREFILL[-2:])
 
+# ptxas aims at more threads than there are registers for, and spills a few bytes, by the shape of the code.
+_FP32 = {
+    ("sm_80", Step.DECODE): ((512, Config(16, 32, 4, 2)), *FP32),
+    ("sm_90", Step.DECODE): ((512, Config(16, 32, 4, 1)), *FP32),
+    ("sm_80", Step.PREFILL): FP32_NARROW,
+    ("sm_90", Step.PREFILL): FP32_NARROW,
+}
 _PREFILL = {"sm_90": PREFILL_BY_GROUPS, "sm_100": PREFILL_SM100}
 _PREFILL_BESIDE = {"sm_90": PREFILL_BESIDE_BY_GROUPS, "gfx942": PREFILL_BESIDE_CDNA}
 
@@ -96,7 +104,7 @@ def config(spec: Attention, arch: str) -> Config:
 def table(spec: Attention, arch: str) -> Table:
     """The configurations that come into question."""
     if spec.dtype is torch.float32:
-        return FP32
+        return _FP32.get((arch, spec.step), FP32)
     if _reads_tiles(spec):
         return DECODE_BESIDE if spec.step is Step.DECODE else _PREFILL_BESIDE.get(arch, PREFILL_BESIDE)
     return DECODE if spec.step is Step.DECODE else _PREFILL.get(arch, PREFILL)

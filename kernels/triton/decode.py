@@ -25,13 +25,14 @@ from kvpass.kernels.triton.tiles import (
     KEY_HEAD,
     KEY_PAGED,
     KV_HEADS,
+    PART,
     RANGES,
     VALUE_HEAD,
     VALUE_PAGED,
-    D,
     absorb,
     normaliser,
     places,
+    query_rows,
     reach,
     spans,
     steps,
@@ -75,10 +76,11 @@ def decode(
     here = m < queries
     n = tl.minimum(m // GROUP, rows - start - 1)
     h, i = head * GROUP + m % GROUP, start + n
-    d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    dv = tl.arange(0, DV_PAD)
 
-    line = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n * q_row
-    q = tl.load(line[:, None] + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+    q = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n * q_row
+    if PART == D_PAD:
+        q = query_rows(q, tl.arange(0, D_PAD))
     keys, key_table = places(keys, key_table, b, head, k_head, key_row, KEY_PAGED)
     values, value_table = places(values, value_table, b, head, v_head, value_row, VALUE_PAGED)
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)

@@ -24,13 +24,14 @@ from kvpass.kernels.triton.tiles import (
     KEY_HEAD,
     KEY_PAGED,
     KV_HEADS,
+    PART,
     RANGES,
     VALUE_HEAD,
     VALUE_PAGED,
-    D,
     absorb,
     normaliser,
     places,
+    query_rows,
     reach,
     steps,
 )
@@ -64,12 +65,13 @@ def prefill(
     here = m < (rows - start) * GROUP
     n = tl.minimum(m // GROUP, rows - start - 1)
     h, i = head * GROUP + m % GROUP, start + n
-    d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    dv = tl.arange(0, DV_PAD)
     i0 = start + block * BLOCK_M // GROUP
     i1 = tl.minimum(start + (block * BLOCK_M + BLOCK_M - 1) // GROUP, rows - 1)
 
-    line = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n.to(tl.int64) * q_row
-    q = tl.load(line[:, None] + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+    q = query + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head + n.to(tl.int64) * q_row
+    if PART == D_PAD:
+        q = query_rows(q, tl.arange(0, D_PAD))
     keys, key_table = places(keys, key_table, b, head, k_head, key_row, KEY_PAGED)
     values, value_table = places(values, value_table, b, head, v_head, value_row, VALUE_PAGED)
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)

@@ -15,6 +15,7 @@ KV_HEADS = tl.constexpr(8)  #= kv_heads
 GROUP = tl.constexpr(4)  #= group
 D = tl.constexpr(128)  #= head_size
 D_PAD = tl.constexpr(128)  #= head_pad
+PART = tl.constexpr(128)  #= part
 DV = tl.constexpr(128)  #= value_size
 DV_PAD = tl.constexpr(128)  #= value_pad
 KEY_PAGED = tl.constexpr(True)  #= key_paged
@@ -162,10 +163,11 @@ def rows_of(
     SIZE_PAD: tl.constexpr,
     PAGED: tl.constexpr,
     MASKED: tl.constexpr,
+    first=0,
 ):
-    """A tile of keys or values, ``[BLOCK_N, SIZE_PAD]``. What is not there is zero."""
+    """A tile of keys or values, ``[BLOCK_N, SIZE_PAD]``, from column `first` on. What is not there is zero."""
     r = tl.arange(0, BLOCK_N)
-    c = tl.arange(0, SIZE_PAD)
+    c = tl.arange(0, SIZE_PAD) + first
     base = pool + pages * PAGE_STRIDE
     if ONE_PAGE or not PAGED:
         if PAGED and PAGE != BLOCK_N:
@@ -177,10 +179,10 @@ def rows_of(
         place = base[:, None] + (((r + tile * BLOCK_N) % PAGE)[:, None] * ROW_STRIDE + c[None, :])
     if MASKED:
         there = (r + tile * BLOCK_N < rows)[:, None]
-        if SIZE != SIZE_PAD:
+        if SIZE % SIZE_PAD != 0:
             there = there & (c < SIZE)[None, :]
         return tl.load(place, mask=there, other=0.0)
-    if SIZE != SIZE_PAD:
+    if SIZE % SIZE_PAD != 0:
         return tl.load(place, mask=(c < SIZE)[None, :], other=0.0)
     return tl.load(place)
 
@@ -191,6 +193,35 @@ def steps(pool: torch.Tensor, table: torch.Tensor | None, head: int | None) -> t
     if table is None:
         return pool, pool.stride(1), pool.stride(0)
     return table, pool.stride(0) if head is None else head, table.stride(0)
+
+
+@triton.jit
+def query_rows(places, c):
+    """Columns `c` of queries whose rows begin at `places`. What is not there is zero."""
+    return tl.load(places[:, None] + c[None, :], mask=(c < D)[None, :], other=0.0)
+
+
+@triton.jit
+def products(q, keys, pages, tile, rows, MASKED: tl.constexpr):
+    """Of queries and a tile of keys, fp32 ``[M, BLOCK_N]``.
+
+    A chain of additions in fp32 errs as it is long, and what errs is an exponent. There `q` is where the queries stand,
+    and the sums over `PART` columns are added up, each with what the addition before it lost (Kahan 1965).
+    """
+    if PART == D_PAD:
+        k = rows_of(keys, pages, tile, rows, KEY_PAGE, KEY_ROW, D, D_PAD, KEY_PAGED, MASKED)
+        s = tl.dot(q, k.T, input_precision="ieee")
+    else:
+        s = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+        lost = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+        for first in range(0, D, PART):
+            part = query_rows(q, tl.arange(0, PART) + first)
+            k = rows_of(keys, pages, tile, rows, KEY_PAGE, KEY_ROW, D, PART, KEY_PAGED, MASKED, first)
+            lost = tl.dot(part, k.T, lost, input_precision="ieee")
+            before = s
+            s = before + lost
+            lost -= s - before
+    return s
 
 
 # ---- the online softmax (Milakov and Gimelshein 2018) ----------------------------------------------------------------
@@ -205,8 +236,7 @@ def absorb(
 ):  # fmt: skip
     """The state with one more tile of keys. `MASKED`: not every row sees all keys of it."""
     key_pages = pages_of(key_table, tile, rows, KEY_PAGED, MASKED)
-    k = rows_of(keys, key_pages, tile, rows, KEY_PAGE, KEY_ROW, D, D_PAD, KEY_PAGED, MASKED)
-    s = tl.dot(q, k.T, input_precision="ieee")
+    s = products(q, keys, key_pages, tile, rows, MASKED)
     j = (tl.arange(0, BLOCK_N) + tile * BLOCK_N)[None, :]
     # A read at a row that is not there would be out of bounds.
     inside = tl.minimum(j, rows - 1) if MASKED else j

@@ -203,8 +203,9 @@ ALL_MASKS = (
 
 @pytest.mark.soak
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("step", [Step.DECODE, Step.PREFILL], ids=lambda step: step.value)
-def test_no_kernel_spills(arch: str, step: Step) -> None:
+def test_no_kernel_spills(arch: str, step: Step, dtype: torch.dtype) -> None:
     """Where register files are concerned: all sizes, groups, masks and scores of a line."""
     from kvpass.lowering.inspect import compile_for, resources
     from kvpass.lowering.triton_offline import offline
@@ -213,7 +214,7 @@ def test_no_kernel_spills(arch: str, step: Step) -> None:
     wrong = []
     for (size, group), (mask, score) in itertools.product(((64, 3), (128, 4), (256, 4)), ALL_MASKS):
         case = Case(step=step, sizes=(size, size), group=group, kv_heads=8, page=64, mask=mask, score=score)
-        of = case.spec(torch.bfloat16)
+        of = case.spec(dtype)
         splits, new = (32, 1) if step is Step.DECODE else (1, 512)
         found = resources(compile_for(offline(of, arch, new, splits), arch))
         if found.spill_bytes or found.shared_bytes > shared_memory(of, config(of, arch), ARCHITECTURES[arch]):
