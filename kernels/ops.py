@@ -71,7 +71,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def experts(x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """``x[t] @ weight[ids[t]]``, each matrix read once for all the rows that it multiplies.
+
+    Args:
+        x: ``[T, M, I]``. weight: ``[E, I, O]``. ids: ``[T]`` integers.
+
+    Returns:
+        ``[T, M, O]``.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return torch.bmm(x, weight[ids])  # which experts are there is not known without waiting for the device
+    out = x.new_empty(*x.shape[:2], weight.shape[2])
+    order = ids.argsort()
+    used, counts = torch.unique(ids, return_counts=True)
+    for expert, rows in zip(used.tolist(), torch.split(order, counts.tolist()), strict=True):
+        out[rows] = linear(x[rows], weight[expert].mT)
+    return out
+
+
 _WORTH_SPLITTING = 1 << 16  # entries: below that a weight is in the cache of one core
 
 
-__all__ = ["append", "attention", "linear", "read", "visible"]
+__all__ = ["append", "attention", "experts", "linear", "read", "visible"]

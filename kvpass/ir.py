@@ -183,6 +183,8 @@ class KernelOps(Protocol):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
 
+    def experts(self, x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor: ...
+
     def visible(
         self,
         support: sympy.Basic,

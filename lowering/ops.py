@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpass.kernels import ops
-from kvpass.kernels.ops import attention, linear, read, visible
+from kvpass.kernels.ops import attention, experts, linear, read, visible
 from kvpass.lowering import build
 from kvpass.lowering.cpp import SOURCE
 from kvpass.lowering.specialise import specialise
@@ -77,4 +77,4 @@ def _copy(size: int) -> Callable[..., Any] | None:
     return library.kvpass_append
 
 
-__all__ = ["append", "attention", "linear", "read", "visible"]
+__all__ = ["append", "attention", "experts", "linear", "read", "visible"]

@@ -109,8 +109,21 @@ class Scope:
         return operand
 
     def fresh(self, size: Expr, bcast: bool = False) -> list[Label]:
-        """Labels of a new axis: none where it has one entry, SEQ where its size speaks of the sequence."""
-        return [] if size == 1 else [self.new(Atom(self.axes.kind(size), size, bcast=bcast))]
+        """Labels of a new axis: none where it has one entry, SEQ where its size speaks of the sequence.
+
+        Entries that are all the same may be a merged axis as well: ``zeros(B * s, ..)``.
+        """
+        sizes = self._factors(size) if bcast else [size]
+        return [self.new(Atom(self.axes.kind(part), part, bcast=bcast)) for part in sizes if part != 1]
+
+    def _factors(self, size: Expr) -> list[Expr]:
+        """A size as the batch, the sequence, and what is repeated for each row, if it is such a product."""
+        seq, batch = self.axes.seq, self.axes.batch
+        rest = quotient(size, seq) if size.has(seq) else None
+        if rest is None or rest.has(seq):
+            return [size]
+        each = quotient(rest, batch)
+        return [rest, seq] if each is None else [batch, seq, each]
 
     # -- reading operands ----------------------------------------------------------------------------------------
 

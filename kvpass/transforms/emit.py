@@ -180,6 +180,16 @@ def _linear(c: Context) -> fx.Node:
     return c.builder.call(c.builder.kernels.linear, *args, **c.kwargs())
 
 
+def _bmm(c: Context) -> fx.Node:
+    """``bmm(x, weight[ids])`` without a copy of a matrix for each row."""
+    x, y = c.args()
+    if y.target is aten.index.Tensor and y.args[1][0] is not None:
+        weight, ids = (c.builder.analyzed.fact(n) for n in c.builder.analyzed.steps[c.step.operands[1]].operands[:2])
+        if len(y.args[1]) == len(ids.dims) == 1 and len(weight.dims) == 3 and ids.dtype is not torch.bool:
+            return c.builder.call(c.builder.kernels.experts, x, y.args[0], y.args[1][0])
+    return c.builder.call(aten.bmm.default, x, y)
+
+
 def _sdpa(c: Context) -> fx.Node:
     """``is_causal`` counts indices from the upper left: spell it as a mask over rows."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -215,6 +225,7 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.triu.default: _triangle,
     aten.repeat.default: _repeat,
     aten.linear.default: _linear,
+    aten.bmm.default: _bmm,
     aten.scaled_dot_product_attention.default: _sdpa,
     **dict.fromkeys(
         (

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.transforms.experts import unsorted
 from kvpass.transforms.sinks import separate
+from kvpass.transforms.writes import joined
 
 aten = torch.ops.aten
 
@@ -48,7 +50,9 @@ def normalise(module: fx.GraphModule) -> None:
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
+    joined(graph)
     separate(graph)
+    unsorted(graph)
     graph.eliminate_dead_code()
     module.recompile()
 

@@ -12,13 +12,12 @@ ATen's safe softmax.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
 from kvpass.analysis.sweep import Analyzed, arguments, dim_of, sym
+from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -68,14 +67,14 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
     wide = torch.promote_types(value.dtype, torch.float32)  # half precision would round the logarithm of the sum
     with graph.inserting_before(softmax):
         if wide != value.dtype:
-            scores, sink = (_call(graph, softmax, aten._to_copy.default, x, dtype=wide) for x in (scores, sink))
-        weights = _call(graph, softmax, aten._safe_softmax.default, scores, axis)
-        total = _call(graph, softmax, aten.logsumexp.default, scores, [axis], True)
-        rest = _call(graph, softmax, aten.sub.Tensor, total, sink)
-        share = _call(graph, softmax, aten.sigmoid.default, rest)
-        made = _call(graph, softmax, aten.mul.Tensor, weights, share)
+            scores, sink = (call(graph, softmax, aten._to_copy.default, x, dtype=wide) for x in (scores, sink))
+        weights = call(graph, softmax, aten._safe_softmax.default, scores, axis)
+        total = call(graph, softmax, aten.logsumexp.default, scores, [axis], True)
+        rest = call(graph, softmax, aten.sub.Tensor, total, sink)
+        share = call(graph, softmax, aten.sigmoid.default, rest)
+        made = call(graph, softmax, aten.mul.Tensor, weights, share)
         if wide != value.dtype:
-            made = _call(graph, softmax, aten._to_copy.default, made, dtype=value.dtype)
+            made = call(graph, softmax, aten._to_copy.default, made, dtype=value.dtype)
     for cut in cuts:
         cut.replace_all_uses_with(made)
         graph.erase_node(cut)
@@ -107,10 +106,3 @@ def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:
     value = node.meta["val"]
     same = [sym(a) - sym(b) for a, b in zip(value.shape, scores.meta["val"].shape, strict=True)]
     return args[1] % value.dim() == axis and (args[2] or 0) == start and not any(same)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
-    node.meta = {**like.meta, "val": target(*values, **kwargs)}
-    return node

@@ -32,7 +32,7 @@ LAYOUT: dict[str, Case] = {
     "expand_positions": Case(lambda e: e.i.expand(e.x.shape[0], -1), "index"),
     "broadcast_to": Case(lambda e: aten.broadcast_to.default(e.bias, e.x.shape), "index"),
     "repeat": Case(lambda e: e.x.repeat(1, 1, 2), "row"),
-    "repeat_rows": Case(lambda e: e.x.repeat(1, 2, 1), "refused"),
+    "repeat_rows": Case(lambda e: e.x.repeat(1, 2, 1), "row"),
     "tile": Case(lambda e: aten.tile.default(e.x, [1, 1, 2]), "row"),
     "repeat_interleave": Case(lambda e: e.heads.repeat_interleave(2, 1), "row"),
     "repeat_interleave_rows": Case(lambda e: e.x.repeat_interleave(2, 1), "refused"),
@@ -107,6 +107,21 @@ LAYOUT: dict[str, Case] = {
     "gather_features": Case(lambda e: e.x.gather(2, e.ids[:, :, None].clamp(max=3)), "row"),
     "gather_rows": Case(lambda e: e.x.gather(1, e.ids[:, :, None].expand(-1, -1, 4)), "whole"),
     "gather_batch": Case(lambda e: e.x.gather(0, e.ids[:, :, None].clamp(max=1)), "batch"),
+    "scatter_features": Case(lambda e: e.x.scatter(2, e.ids[:, :, None].clamp(max=3), e.y[..., :1]), "row"),
+    "scatter_value": Case(lambda e: e.x.scatter(2, e.ids[:, :, None].clamp(max=3), 1.5), "row"),
+    "scatter_add": Case(lambda e: e.x.scatter_add(2, e.ids[:, :, None].clamp(max=3), e.y[..., :1]), "row"),
+    "scatter_multiply": Case(
+        lambda e: aten.scatter.reduce(e.x, 2, e.ids[:, :, None].clamp(max=3), e.y[..., :1], reduce="multiply"), "row"
+    ),
+    "scatter_value_add": Case(
+        lambda e: aten.scatter.value_reduce(e.x, 2, e.ids[:, :, None].clamp(max=3), 1.5, reduce="add"), "row"
+    ),
+    "scatter_amax": Case(
+        lambda e: e.x.scatter_reduce(2, e.ids[:, :, None].clamp(max=3), e.y[..., :1], reduce="amax"), "row"
+    ),
+    "scatter_rows": Case(lambda e: e.x.scatter(1, e.i[None, :, None].expand(e.x.shape).flip(1), e.y), "whole"),
+    "scatter_batch": Case(lambda e: e.x.scatter(0, e.ids[:, :, None].clamp(max=1).expand(e.x.shape), e.y), "batch"),
+    "scatter_part": Case(lambda e: e.x.scatter(2, e.ids[:, :1, None].clamp(max=3), 1.5), "refused"),
     "one_hot": Case(lambda e: aten.one_hot.default(e.ids, 5), "row"),
     "one_hot_matmul": Case(lambda e: aten.one_hot.default(e.ids, 11).double() @ e.table, "row"),
     # contracting

@@ -73,6 +73,32 @@ def gather(op: Op) -> Out:
     return Out(dims, parts, op.scope.merge_ghosts(x.ghosts + ids.ghosts))
 
 
+@rule(
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+def scatter(op: Op) -> Out:
+    """``x`` with entries along one axis replaced, or added to, at places that are data."""
+    x, ids = op.operands[:2]
+    axis, scope = op.args[1] % max(len(x.dims), 1), op.scope
+    parts = op.gather()
+    for operand in op.operands:
+        for label in operand.dims[axis]:
+            _lose(op, parts, label)
+            operand.everything.add(label)
+    dims: Dims = []
+    for k in range(len(x.dims)):
+        given = [(operand, operand.dims[k]) for operand in op.operands]
+        if k != axis and any(scope.size(dim) != scope.size(ids.dims[k]) for _, dim in given):
+            raise errors.UnsupportedShape(detail=f"{name_of(op.node)} writes into a part of the entries of axis {k}")
+        dims.append(list(x.dims[k]) if k == axis else scope.broadcast_axis(given, []))
+    return Out(dims, parts, scope.merge_ghosts([label for operand in op.operands for label in operand.ghosts]))
+
+
 @rule(aten.index.Tensor)
 def index(op: Op) -> Out:
     """``x[i0, i1, ..]``. An index in closed form that walks along an axis of ``x`` keeps that axis' meaning."""

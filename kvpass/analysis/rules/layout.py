@@ -154,8 +154,6 @@ def repeat(op: Op) -> Out:
     for axis, count in enumerate(times):
         if count == 1:
             continue
-        if scope.size(dims[axis]) != 1:
-            _only_free(op, dims[axis], "repeat")
         _at_zero(op, [label for label in dims[axis] if scope.atoms[label].size == 1])
         kept = [label for label in dims[axis] if scope.atoms[label].size != 1]
         dims[axis] = scope.fresh(sympy.sympify(count), bcast=True) + kept

@@ -160,6 +160,13 @@ def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
     return sympy.true, None
 
 
+@rule(aten.min.other, aten.max.other)
+def extremum(op: Op) -> Out:
+    values = _values(op, 2)
+    combine = sympy.Min if op.node.target is aten.min.other else sympy.Max
+    return _finish(op, op.gather(), None if values is None else apply(combine, *values))
+
+
 @rule(*_op(*_RELATIONAL))
 def relational(op: Op) -> Out:
     values = _values(op, 2)

@@ -1,0 +1,91 @@
+"""Writes into parts of a tensor, as functional graphs spell them: joins of what is old and what is new.
+
+``x[..., a:b] = y`` arrives as ``slice_scatter(x, copy(x[..., a:b], y), a, b)``, which is
+``cat([x[..., :a], y, x[..., b:]])``. A tensor of which every part is written is joined from what was written alone: how
+it was made, uninitialised perhaps, is forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.analysis.sweep import arguments, sym
+from kvpass.transforms.spell import call
+
+aten = torch.ops.aten
+_JOINS = (aten.cat.default, aten.concat.default)
+
+
+def joined(graph: fx.Graph) -> None:
+    """Rewrite every write into a range of known place."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.copy.default:
+            _copy(graph, node)
+        elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+            _scatter(graph, node)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _copy(graph: fx.Graph, node: fx.Node) -> None:
+    """The new entries, in the type of those that they replace."""
+    old, new = (a.meta["val"] for a in arguments(node)[:2])
+    made = arguments(node)[1]
+    if [sym(d) for d in old.shape] != [sym(d) for d in new.shape]:
+        return
+    if old.dtype != new.dtype:
+        with graph.inserting_before(node):
+            made = call(graph, node, aten._to_copy.default, made, dtype=old.dtype)
+    _replace(graph, node, made)
+
+
+def _scatter(graph: fx.Graph, node: fx.Node) -> None:
+    base, new = arguments(node)[:2]
+    given = dict(zip(("dim", "start", "end", "step"), arguments(node)[2:], strict=False)) | node.kwargs
+    value = node.meta["val"]
+    dim = given.get("dim", 0) % value.dim()
+    size = value.shape[dim]
+    if not isinstance(size, int) or given.get("step", 1) != 1:
+        return
+    start, end = _bound(given.get("start", given.get("index")), 0, size), _bound(given.get("end"), size, size)
+    if start is None or end is None or new.meta["val"].dtype != value.dtype:
+        return
+    with graph.inserting_before(node):
+        if node.target is aten.select_scatter.default:
+            end, new = start + 1, call(graph, node, aten.unsqueeze.default, new, dim)
+        pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
+        made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
+    _replace(graph, node, made)
+
+
+def _bound(place: Any, default: int, size: int) -> int | None:
+    if place is None:
+        return default
+    if not isinstance(place, int):
+        return None
+    return max(0, min(place + size if place < 0 else place, size))
+
+
+def _range(graph: fx.Graph, like: fx.Node, x: fx.Node, dim: int, low: int, high: int) -> list[fx.Node]:
+    """Entries ``low .. high`` along an axis, from the pieces of a join where it is one."""
+    if low >= high:
+        return []
+    rank, size = x.meta["val"].dim(), x.meta["val"].shape[dim]
+    if (low, high) == (0, size):
+        return [x]
+    if x.target in _JOINS and (arguments(x)[1] if len(arguments(x)) > 1 else 0) % rank == dim:
+        out, at = [], 0
+        for piece in arguments(x)[0]:
+            length = piece.meta["val"].shape[dim]
+            out += _range(graph, like, piece, dim, max(low - at, 0), min(high - at, length))
+            at += length
+        return out
+    return [call(graph, like, aten.slice.Tensor, x, dim, low, high)]
