@@ -258,8 +258,9 @@ def shifted_groups(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> T
 
 
 def ends_of_something_else(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    _, order = experts.flatten().sort()
-    ends = ends_of((experts.flatten() + 1) % EXPERTS)
+    """The first choice of each token, counted twice."""
+    order = experts.flatten().argsort()
+    ends = ends_of(experts[:, :1].expand(-1, EACH).flatten()[order])
     y = product_in_groups(m.gated(product_in_groups(x[order // EACH], m.up, ends)), m.down, ends)
     return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
 
@@ -276,6 +277,14 @@ def running(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """A sum along the sorted rows."""
     sorted_experts, order = experts.flatten().sort()
     y = through(m, x[order // EACH], sorted_experts).cumsum(0) / 8
+    return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
+
+
+def beside_the_first(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Each sorted row without the first of them."""
+    sorted_experts, order = experts.flatten().sort()
+    y = through(m, x[order // EACH], sorted_experts)
+    y = y - y[:1]
     return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
 
 
@@ -308,9 +317,9 @@ def put_back_elsewhere(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) 
 
 
 def wrong_row(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """``order % tokens`` instead of ``order // each``."""
+    """``order % each`` instead of ``order // each``."""
     sorted_experts, order = experts.flatten().sort()
-    y = through(m, x[order % x.shape[0]], sorted_experts)
+    y = through(m, x[order % EACH], sorted_experts) * weights.flatten()[order].unsqueeze(-1)
     return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
 
 
@@ -327,6 +336,7 @@ FAULTS = (
     ends_of_something_else,
     limited,
     running,
+    beside_the_first,
     neighbours,
     centred,
     not_put_back,

@@ -180,6 +180,26 @@ def _linear(c: Context) -> fx.Node:
     return c.builder.call(c.builder.kernels.linear, *args, **c.kwargs())
 
 
+def _pad(c: Context) -> fx.Node:
+    """The demanded entries of a padded row axis, from all rows of the operand: nothing else is copied."""
+    x: fx.Node = next(c.operands)
+    b, after = c.builder, c.step.fact
+    before = b.analyzed.fact(c.step.operands[0])
+    amounts, rest = list(arguments(c.node)[1]), arguments(c.node)[2:]
+    for k in range(0, len(amounts), 2):
+        axis = len(before.dims) - 1 - k // 2
+        old, new = _row_atom(before, axis), _row_atom(after, axis)
+        if old is None or new is None or not any(amounts[k : k + 2]):
+            continue
+        lo, hi = b.span(new, after.flat(axis)[0] in c.everything)
+        first = sympy.Max(lo - amounts[k], 0)
+        last = sympy.Max(old.size + min(amounts[k + 1], 0), first)
+        x = b.call(aten.slice.Tensor, x, axis, b.number(first), b.number(last))
+        amounts[k] = b.number(sympy.Min(sympy.Max(amounts[k] - lo, 0), hi - lo))
+        amounts[k + 1] = max(amounts[k + 1], 0)
+    return b.call(c.node.target, x, amounts, *rest, **c.node.kwargs)
+
+
 def _bmm(c: Context) -> fx.Node:
     """``bmm(x, weight[ids])`` without a copy of a matrix for each row."""
     x, y = c.args()
@@ -226,6 +246,7 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.repeat.default: _repeat,
     aten.linear.default: _linear,
     aten.bmm.default: _bmm,
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _pad),
     aten.scaled_dot_product_attention.default: _sdpa,
     **dict.fromkeys(
         (

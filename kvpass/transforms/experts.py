@@ -143,8 +143,9 @@ class _Sorted:
 
     def _twin(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> bool:
         with self.graph.inserting_before(node):
-            self.twins[node] = call(self.graph, node, target, *args, **kwargs)
-        return True
+            twin = self.twins[node] = call(self.graph, node, target, *args, **kwargs)
+        shape = twin.meta["val"].shape
+        return len(shape) > 0 and sym(shape[0]) == self.rows
 
     def _measured(self, node: fx.Node) -> bool:
         """Sizes are those of the twin; of an order, those of what is sorted."""
@@ -286,7 +287,7 @@ class _Sorted:
         if rule is not None and rule.__module__ == pointwise.__name__:
             same = all(self._broadcasts(a, rank) for a in tensors)
         elif node.target in _SAME_ROWS:
-            same = rank > 0 and sym(node.meta["val"].shape[0]) == self.rows
+            same = True  # row-major, and the first axis stays
         elif node.target in _ALONG:
             dims = args[_ALONG[node.target]]
             same = all(d % x.dim() != 0 for d in (dims if isinstance(dims, (list, tuple)) else [dims]))

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.writes import joined
@@ -51,6 +52,7 @@ def normalise(module: fx.GraphModule) -> None:
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
+    unrolled(graph)
     separate(graph)
     unsorted(graph)
     graph.eliminate_dead_code()

@@ -2,7 +2,7 @@
 
 from tests.adversarial import batches, lengths, masks, rows
 from tests.adversarial.base import Breaks, Case, Model
-from tests.adversarial.near_misses import NEAR_MISSES, NOT_YET
+from tests.adversarial.near_misses import NEAR_MISSES
 
 FUTURE, LENGTH, BATCH, CHANCE = "KV202", "KV203", "KV204", "KV205"
 UNKNOWN, EMPTY, SHAPE, NOT_INCREMENTAL = "KV201", "KV206", "KV207", "KV208"
@@ -93,4 +93,4 @@ CASES: tuple[Case, ...] = (
     *_cases("chance", (CHANCE,), batches.Dropout, batches.Noise, batches.CoinFlips),
 )
 
-__all__ = ["BREAK", "CASES", "NEAR_MISSES", "NOT_YET", "STATIC", "Case", "Model"]
+__all__ = ["BREAK", "CASES", "NEAR_MISSES", "STATIC", "Case", "Model"]

@@ -125,6 +125,31 @@ class CausalConvolution(Model):
         return self.attend(y, j <= i)
 
 
+class ConvolutionCutOff(Model):
+    """Padded on both sides, and what looks ahead is cut off, as state-space models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(SIZE, SIZE, 4, groups=SIZE, padding=3, bias=False)
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        return self.attend(functional.silu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2), j <= i)
+
+
+class DilatedConvolution(Model):
+    """All channels with all, every other row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(SIZE, SIZE, 3, dilation=2)
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        y = self.conv(functional.pad(x.transpose(1, 2), (4, 0))).transpose(1, 2)
+        return self.attend(y, j <= i)
+
+
 class PreviousRow(Model):
     """Every row gets the one before it (RWKV's token shift)."""
 
@@ -170,11 +195,11 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     GlobalRowsAndWindow,
     LogOfPosition,
     PositionOverMaximum,
+    CausalConvolution,
+    ConvolutionCutOff,
+    DilatedConvolution,
     PreviousRow,
     FirstRowForAll,
     RunningMean,
     SwitchAtLength,
 )
-
-# Causal, and refused by name until a rule covers them: a convolution over rows.
-NOT_YET: tuple[type[Model], ...] = (CausalConvolution,)

@@ -413,6 +413,8 @@ def view_as_real(op: Op) -> Out:
 def pad(op: Op) -> Out:
     """Entries before and after. Entry ``k`` of a padded row axis is entry ``k - before`` of the operand."""
     x, scope, amounts = op.operands[0], op.scope, list(op.args[1])
+    if op.node.target is aten.pad.default and op.arg(2, "mode", "constant") != "constant":
+        raise errors.UnknownOp(detail=f"aten.pad.default with mode {op.arg(2, 'mode')}")
     dims: Dims = [list(dim) for dim in x.dims]
     out = _same(op, list(dims))
     for k in range(len(amounts) // 2):
@@ -442,5 +444,4 @@ def _padded_rows(op: Op, x: Operand, labels: list[Label], before: Any, size: Exp
     op.scope.same[label] = new
     op.scope.subst[symbol(label)] = symbol(new)
     x.everything.add(label)
-    op.scope.full.add(new)
     return new

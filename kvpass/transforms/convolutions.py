@@ -1,0 +1,90 @@
+"""Short convolutions over the rows: a sum over their taps, each a row some steps back times a weight.
+
+``conv(pad(x, (c - 1, 0)))`` and ``conv(x, padding=c - 1)[..., :s]`` are ``sum_t w[t] * x[i - shift_t]``. A row some
+steps back is a padding with as much taken from the other end, which has a rule; a tap that looks ahead is one too, and
+is refused by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.analysis.sweep import arguments, sym
+from kvpass.transforms.spell import call
+
+aten = torch.ops.aten
+_PADS = (aten.constant_pad_nd.default, aten.pad.default)
+_MOST_TAPS = 32
+
+
+def unrolled(graph: fx.Graph) -> None:
+    """Rewrite every convolution over an axis of unknown length that keeps its length."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.conv1d.default, aten.convolution.default):
+            _unroll(graph, node)
+
+
+def _unroll(graph: fx.Graph, node: fx.Node) -> None:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, arguments(node), strict=False)) | node.kwargs
+    weight, bias = given["weight"], given.get("bias")
+    x, left = _unpadded(given["input"])
+    value, shape = x.meta["val"], weight.meta["val"].shape
+    stride, padding, dilation = ((given.get(k) or [n])[0] for k, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    groups, transposed = given.get("groups", 1), given.get("transposed", False)
+    depthwise = groups == shape[0] == value.shape[1] if value.dim() == 3 else False
+    length = sym(value.shape[-1])
+    ends = _kept(node, length)
+    if value.dim() != 3 or length.is_number or not ends or stride != 1 or transposed or shape[2] > _MOST_TAPS:
+        return
+    if not depthwise and groups != 1:
+        return
+    with graph.inserting_before(node):
+        total = None
+        for tap in range(shape[2]):
+            row = _back(graph, node, x, left + padding - tap * dilation)
+            factor = call(graph, node, aten.select.int, weight, 2, tap)
+            part = call(
+                graph, node, *((aten.mul.Tensor, row, factor) if depthwise else (aten.matmul.default, factor, row))
+            )
+            total = part if total is None else call(graph, node, aten.add.Tensor, total, part)
+        if bias is not None:
+            total = call(graph, node, aten.add.Tensor, total, call(graph, node, aten.unsqueeze.default, bias, 1))
+    for end in ends:
+        end.replace_all_uses_with(total)  # type: ignore[arg-type]
+
+
+def _unpadded(x: fx.Node) -> tuple[fx.Node, int]:
+    """What was padded with zeros along the last axis, and by how much before it."""
+    if x.target not in _PADS or x.kwargs:
+        return x, 0
+    source, amounts, *rest = arguments(x)
+    zeros = all(given in (None, 0, "constant") for given in rest)
+    before = amounts[0]
+    return (source, before) if zeros and isinstance(before, int) and not any(amounts[2:]) else (x, 0)
+
+
+def _kept(node: fx.Node, length: Any) -> list[fx.Node]:
+    """Where the result has as many rows as what was convolved: itself, or the first rows of it."""
+    if sym(node.meta["val"].shape[-1]) == length:
+        return [node]
+    users = list(node.users)
+    for user in users:
+        args = arguments(user)
+        if user.target is not aten.slice.Tensor or args[1] % 3 != 2 or args[2] or (len(args) > 4 and args[4] != 1):
+            return []
+        if sym(user.meta["val"].shape[-1]) != length:
+            return []
+    return users
+
+
+def _back(graph: fx.Graph, like: fx.Node, x: fx.Node, steps: int) -> fx.Node:
+    """Row ``i - steps`` at row ``i``, zero before the first. Traced, it would ask whether there are so many rows."""
+    if steps == 0:
+        return x
+    node = graph.call_function(aten.constant_pad_nd.default, (x, [steps, -steps]))
+    node.meta = {**like.meta, "val": x.meta["val"]}
+    return node
