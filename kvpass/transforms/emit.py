@@ -259,6 +259,7 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
             aten.full.default,
             aten.full_like.default,
             aten.new_full.default,
+            aten.fill.Scalar,
             aten.scalar_tensor.default,
         ),
         _filled,

@@ -259,7 +259,8 @@ def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink:
 
 def _cost(analyzed: Analyzed, node: fx.Node) -> float:
     fact = analyzed.fact(node)
-    if next(_obstacles(analyzed, node, fact), None) is not None:
+    several = isinstance(node.meta.get("val"), (list, tuple))  # what may be stored is one of them
+    if several or next(_obstacles(analyzed, node, fact), None) is not None:
         return inf
     size = sympy.Mul(*(a.size for a in fact.atoms if a.kind is Kind.FREE))
     return int(size) * fact.dtype.itemsize

@@ -24,6 +24,8 @@ def joined(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target is aten.fill.Tensor:
+            node.target = aten.copy.default
         if node.target is aten.copy.default:
             _copy(graph, node)
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
@@ -49,11 +51,13 @@ def _copy(graph: fx.Graph, node: fx.Node) -> None:
 
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     base, new = arguments(node)[:2]
-    given = dict(zip(("dim", "start", "end", "step"), arguments(node)[2:], strict=False)) | node.kwargs
-    value = node.meta["val"]
+    given, value = _given(node), node.meta["val"]
     dim = given.get("dim", 0) % value.dim()
     size = value.shape[dim]
-    if not isinstance(size, int) or given.get("step", 1) != 1:
+    if not isinstance(size, int):
+        return
+    if given.get("step", 1) != 1:
+        _interleave(graph, node, dim, size, given["step"])
         return
     start, end = _bound(given.get("start", given.get("index")), 0, size), _bound(given.get("end"), size, size)
     if start is None or end is None or new.meta["val"].dtype != value.dtype:
@@ -63,6 +67,33 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
             end, new = start + 1, call(graph, node, aten.unsqueeze.default, new, dim)
         pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
         made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
+    _replace(graph, node, made)
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """Where a scatter writes."""
+    return dict(zip(("dim", "start", "end", "step"), arguments(node)[2:], strict=False)) | node.kwargs
+
+
+def _interleave(graph: fx.Graph, node: fx.Node, dim: int, size: int, step: int) -> None:
+    """``x[..., ::2] = a; x[..., 1::2] = b``: every place is written, entries of the pieces by turns."""
+    rank, pieces, at = node.meta["val"].dim(), dict[int, fx.Node](), node
+    while at.target is aten.slice_scatter.default and len(pieces) < step:
+        given = _given(at)
+        start, end = _bound(given.get("start"), 0, size), _bound(given.get("end"), size, size)
+        if given.get("dim", 0) % rank != dim or given.get("step", 1) != step or end != size:
+            return
+        if start is None or start >= step:
+            return
+        pieces.setdefault(start, arguments(at)[1])
+        at = arguments(at)[0]
+    shapes = {tuple(map(sym, piece.meta["val"].shape)) for piece in pieces.values()}
+    types = {piece.meta["val"].dtype for piece in pieces.values()}
+    if len(pieces) < step or size % step or len(shapes) > 1 or types != {node.meta["val"].dtype}:
+        return
+    with graph.inserting_before(node):
+        turns = call(graph, node, aten.stack.default, [pieces[k] for k in range(step)], dim + 1)
+        made = call(graph, node, aten.flatten.using_ints, turns, dim, dim + 1)
     _replace(graph, node, made)
 
 

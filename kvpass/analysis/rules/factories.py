@@ -33,7 +33,7 @@ def ones(op: Op) -> Out:
     return _filled(op, 1)
 
 
-@rule(aten.full.default, aten.full_like.default, aten.new_full.default)
+@rule(aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar)
 def full(op: Op) -> Out:
     number = op.arg(2, "fill_value") if op.node.target is aten.new_full.default else op.arg(1, "fill_value")
     if isinstance(number, sympy.Basic) and not number.is_number:

@@ -137,6 +137,12 @@ def expand(op: Op) -> Out:
     return _same(op, dims, ghosts)
 
 
+@rule(aten.broadcast_tensors.default)
+def broadcast_tensors(op: Op) -> list[Out]:
+    dims, ghosts = op.scope.broadcast(op.operands)
+    return [Out([list(dim) for dim in dims], op.scope.gather([x]), list(ghosts)) for x in op.operands]
+
+
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(op: Op) -> Out:
     x, scope = op.operands[0], op.scope
