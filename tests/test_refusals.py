@@ -179,6 +179,20 @@ def test_failures_in_capture_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     assert code_of(Model(same), ids()) == "KV110"
 
 
+def test_a_capture_that_fails_inside_of_a_vmap() -> None:
+    """It is left again: whatever runs next would else run inside of it, and Dynamo's guards fail at once."""
+
+    def running(model: Model, x: Tensor) -> Tensor:
+        return torch.vmap(lambda text: text.cumsum(0) * text)(x)
+
+    model = Model(running)
+    fast = torch.compile(model, backend="kvpass")
+    for rows in (5, 6, 7):
+        torch.testing.assert_close(fast(ids(rows=rows)), model(ids(rows=rows)))
+    torch._dynamo.reset()
+    assert code_of(model, ids()) == "KV109"
+
+
 def test_a_wrong_rewriting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "append", lambda pool, rows, place, before: pool.zero_())
     assert code_of(Model(same), ids()) == "KV301"

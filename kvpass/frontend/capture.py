@@ -34,10 +34,13 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     _tie_lengths(fakes, constant)
     seq = _sequence_symbol(fakes, constant)
     gm, scalars = _with_numbers(gm, places, real)
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad():
             module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
     except Exception as error:
+        # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
