@@ -96,6 +96,7 @@ def test_left_padded_batch(pretrained: Pretrained, monkeypatch: pytest.MonkeyPat
     check_generate(pretrained, monkeypatch, inputs, do_sample=False, max_new_tokens=12)
 
 
+@pytest.mark.soak
 @torch.no_grad()
 def test_beams(pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = pretrained.encode(PROMPTS[0])
