@@ -101,6 +101,9 @@ class Fact:
         deps: flat indices of the SEQ atoms that bound the rows it depends on.
         whole, length, batch, random: why it depends on rows beyond ``deps``, on the number of rows, on other
             sequences of the batch (or on its own place among them), on chance; None where it does not.
+        context: it depends on an input of the context.
+        together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
+            a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
         support, fill: outside ``support`` an entry is ``fill``.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
@@ -114,6 +117,8 @@ class Fact:
     length: Cause | None = None
     batch: Cause | None = None
     random: Cause | None = None
+    context: bool = False
+    together: Cause | None = None
     expr: sympy.Basic | None = None
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
@@ -151,6 +156,10 @@ class Fact:
     def index_only(self) -> bool:
         """True where no input row matters: the value is a function of indices, weights and context."""
         return not self.deps and self.whole is None
+
+    def of_context(self) -> bool:
+        """True of a value of the context: no input row matters, and an input of the context does."""
+        return self.context and self.index_only()
 
     def position(self, k: int) -> Expr:
         """The row at which entry ``index(k)`` of SEQ atom ``k`` stands."""

@@ -47,6 +47,8 @@ class Parts:
     length: Cause | None = None
     batch: Cause | None = None
     random: Cause | None = None
+    context: bool = False
+    together: Cause | None = None
     expr: Value | None = None
     support: Boolean = sympy.true
     fill: Fill | None = None
@@ -147,6 +149,8 @@ class Scope:
             parts.length = parts.length or fact.length
             parts.batch = parts.batch or fact.batch
             parts.random = parts.random or fact.random
+            parts.context = parts.context or fact.context
+            parts.together = parts.together or fact.together
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -339,6 +343,8 @@ class Scope:
             length=parts.length,
             batch=parts.batch or self.batch,
             random=parts.random,
+            context=parts.context,
+            together=parts.together,
             expr=None if parts.expr is None else settle(parts.expr),
             support=settle(parts.support),
             fill=parts.fill,

@@ -18,6 +18,7 @@ from kvpass.analysis import laws
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
+from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
@@ -53,6 +54,11 @@ class Analyzed:
 
     def fact(self, node: fx.Node) -> Fact:
         return self.steps[node].fact
+
+    @property
+    def together(self) -> bool:
+        """A row may depend on the contexts of other sequences: it is known by all of them, and by its place."""
+        return any(fact.together is not None for step in self.steps.values() for fact in step.facts)
 
     @property
     def outputs(self) -> tuple[Any, ...]:
@@ -147,7 +153,7 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
             dims.append((Atom(Kind.BATCH, sym(size)),))
         else:
             dims.append(() if size == 1 else (Atom(Kind.FREE, sym(size)),))
-    fact = Fact(tuple(dims), value.dtype)
+    fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
     return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch))
@@ -220,6 +226,14 @@ def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
     return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
 
 
+def _of_one_context(fact: Fact, op: Op) -> Fact:
+    """What mixes the sequences of the context alone is a function of the context of the whole batch."""
+    known = all(x.fact.index_only() and x.fact.batch is None for x in op.operands)
+    if fact.batch is None or not known or not fact.of_context():
+        return fact
+    return replace(fact, batch=None, together=fact.together or fact.batch)
+
+
 def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
     source, k = node.args
     step = steps[source]  # type: ignore[index]
@@ -228,9 +242,23 @@ def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
 
 
 def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
-    rule = RULES.get(node.target)
-    if rule is None:
-        raise errors.UnknownOp(detail=f"{node.target}")
+    op, operands = _opened(node, steps, axes)
+    try:
+        rule = RULES.get(node.target)
+        if rule is None:
+            raise errors.UnknownOp(detail=f"{node.target}")
+        result = rule(op)
+        outs = result if isinstance(result, list) else [result]
+        return _closed(op, outs, () if outs[0].detached else operands)
+    except errors.Refusal:
+        op, operands = _opened(node, steps, axes)  # without what the rule had begun
+        if not of_context_alone(op):
+            raise
+        return _closed(op, opaque(op), operands)
+
+
+def _opened(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> tuple[Op, tuple[fx.Node, ...]]:
+    """One call as a rule sees it, and the nodes of its operands."""
     scope, tensors = Scope(node.name, axes), _tensors(node)
     operands: list[fx.Node] = []
 
@@ -247,10 +275,7 @@ def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
     args = tuple(convert(a) for a in node.args)
     kwargs = {k: convert(a) for k, a in node.kwargs.items()}
     shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
-    op = Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors))
-    result = rule(op)
-    outs = result if isinstance(result, list) else [result]
-    return _closed(op, outs, () if outs[0].detached else tuple(operands))
+    return Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors)), tuple(operands)
 
 
 def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
@@ -260,7 +285,8 @@ def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
         fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
         if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):
             raise errors.UnsupportedShape(detail=f"{op.node.target}: {fact.shape()} was inferred for {op.shapes[k]}")
-        facts.append(settle(fact, op.node, scope.axes) if len(outs) == 1 else fact)
+        fact = settle(fact, op.node, scope.axes) if len(outs) == 1 else fact
+        facts.append(_of_one_context(fact, op))
         first = first or place
     links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()
     full = frozenset(first[scope.representative(x)] for x in scope.full if scope.representative(x) in first)

@@ -19,7 +19,7 @@ from torch._dynamo import convert_frame, eval_frame
 
 from kvpass import errors
 from kvpass.cache import Cache
-from kvpass.frontend.capture import capture
+from kvpass.frontend.capture import captures
 from kvpass.frontend.pipeline import incrementalise
 from kvpass.frontend.verify import PlainFailed, verify
 from kvpass.ir import Captured
@@ -107,8 +107,9 @@ def kvpass(
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
-            captured = capture(gm, example_inputs)
-            incremental = incrementalise(captured, autotune=chosen.autotune)
+            captured, incremental = _proven(gm, example_inputs, autotune=chosen.autotune)
+            if isinstance(incremental, errors.Refusal):
+                raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
@@ -120,6 +121,20 @@ def kvpass(
         program.check_first(lambda args: _checked(captured, incremental, gm, args))
     _record(Record(captured, program, None))
     return program
+
+
+def _proven(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, autotune: bool
+) -> tuple[Captured, Incremental | errors.Refusal]:
+    """The first reading of the graph that is proven; where none is, the likeliest one and why not."""
+    refused: tuple[Captured, errors.Refusal] | None = None
+    for captured in captures(gm, inputs):
+        try:
+            return captured, incrementalise(captured, autotune=autotune)
+        except errors.Refusal as refusal:
+            refused = refused or (captured, refusal)
+    assert refused is not None
+    return refused
 
 
 def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, args: Sequence[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch.utils import _pytree as pytree
 
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
@@ -18,7 +19,14 @@ from kvpass.ir import Captured, Input, Role
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
-    """Trace Dynamo's graph to functional ATen ops and say what each input is.
+    """The first of `captures`: what most likely grows is the sequence."""
+    return next(captures(gm, real))
+
+
+def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
+    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow.
+
+    A model of an encoder and a decoder has two such axes. The proof says which of them is a sequence.
 
     Args:
         gm: Dynamo's graph; its placeholders carry fake tensors and sources.
@@ -32,8 +40,23 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
-    seq = _sequence_symbol(fakes, constant)
+    growing = _sequence_symbols(fakes, constant, _answered(gm))
     gm, scalars = _with_numbers(gm, places, real)
+    module = _exported(gm, fakes)
+    refused: list[errors.Refusal] = []
+    for seq in growing:
+        try:
+            described = _described(_copied(module), places, fakes, real, constant, seq)
+        except errors.Refusal as refusal:
+            refused.append(refusal)
+            continue
+        yield replace(described, scalars=scalars)
+    if len(refused) == len(growing):
+        raise refused[0]
+
+
+def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The functional ATen graph."""
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad():
@@ -46,7 +69,21 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
     assert isinstance(module, fx.GraphModule)
-    return replace(_described(module, places, fakes, real, constant, seq), scalars=scalars)
+    return module
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, to be rewritten in place."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def _answered(gm: fx.GraphModule) -> list[Any]:
+    """The tensors that the graph returns, as Dynamo has them."""
+    nodes = pytree.tree_leaves(gm.graph.output_node().args)
+    values = [n.meta.get("example_value", n.meta.get("val")) for n in nodes if isinstance(n, fx.Node)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _with_numbers(
@@ -106,8 +143,13 @@ def _is_table(fake: Any) -> bool:
     return isinstance(fake, torch.Tensor) and fake.dim() == 2 and isinstance(sym(fake.shape[1]), sympy.Symbol)
 
 
-def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Symbol:
-    """The symbol of the axis whose length grows: by preference the second axis of an integer input."""
+def _sequence_symbols(
+    fakes: Sequence[Any], constant: Sequence[bool], answers: Sequence[torch.Tensor]
+) -> list[sympy.Symbol]:
+    """The symbols of the axes whose length may grow, the likeliest first.
+
+    That is the one that the first answer with any of them has, then the second axis of an integer input.
+    """
     votes: dict[sympy.Symbol, int] = {}
     for fake, fixed in zip(fakes, constant, strict=True):
         if fixed or not isinstance(fake, torch.Tensor):
@@ -116,8 +158,13 @@ def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Sy
             expr = sym(size)
             if isinstance(expr, sympy.Symbol) and (axis > 0 or fake.dim() == 1):
                 votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
+    for answer in answers:
+        found = {s for s in map(sym, answer.shape[1:]) if s in votes}
+        if found:
+            votes |= {s: votes[s] + 10_000 for s in found}
+            break
     if votes:
-        return max(votes, key=lambda s: (votes[s], s.name))
+        return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
     lengths = {int(f.shape[1]) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
     raise errors.SingleRow() if lengths == {1} else errors.StaticLength()
 

@@ -16,9 +16,14 @@ from kvpass.ir import Captured, Input, Role
 
 
 class Keys:
-    """How to take keys from the arguments of a captured graph."""
+    """How to take keys from the arguments of a captured graph.
 
-    def __init__(self, captured: Captured) -> None:
+    Args:
+        together: a row may depend on the contexts of the other sequences of its batch, and on its place among them.
+    """
+
+    def __init__(self, captured: Captured, together: bool = False) -> None:
+        self.together = together
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
         self.forms = captured.of(Role.FORM)
@@ -41,7 +46,9 @@ class Keys:
         """For each sequence of the batch the bytes of all its rows, and how many bytes a row has."""
         batch, length = self.batch(args), self.length(args)
         tables = [_table(args[i.index], i, batch, length) for i in self.sequences]
-        for given in self.contexts:
+        if self.together:
+            tables.append(_place(self.hoisting(args), batch, length))
+        for given in () if self.together else self.contexts:
             if given.batch_axis is not None:
                 tables.append(_own_context(args[given.index], batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
@@ -118,3 +125,9 @@ def _own_context(value: torch.Tensor, batch: int, length: int) -> np.ndarray:
     """The digest of each sequence's own part of a context, at each of its rows."""
     digests = [np.frombuffer(hashlib.sha256(tensor_bytes(part)).digest(), np.uint8) for part in value]
     return np.broadcast_to(np.stack(digests)[:, None, :], (batch, length, 32))
+
+
+def _place(contexts: bytes, batch: int, length: int) -> np.ndarray:
+    """The digest of all contexts, of the size of the batch and of the place in it, at each row."""
+    names = [hashlib.sha256(b"together" + contexts + place.to_bytes(8, "big")).digest() for place in range(batch)]
+    return np.broadcast_to(np.stack([np.frombuffer(n, np.uint8) for n in names])[:, None, :], (batch, length, 32))

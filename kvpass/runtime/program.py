@@ -91,7 +91,7 @@ class Program:
         rebuild: Callable[[Captured], Incremental],
     ) -> None:
         self.captured, self.plain, self.cache, self._rebuild = captured, plain, cache, rebuild
-        self.keys = Keys(captured)
+        self.keys = Keys(captured, incremental.plan.analyzed.together)
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
         self._lock = threading.Lock()
@@ -103,6 +103,16 @@ class Program:
     @property
     def incremental(self) -> Incremental | None:
         return None if self._bound is None else self._bound.incremental
+
+    @property
+    def hoisted(self) -> Hoisted | None:
+        """What is computed once per context; None where nothing is."""
+        return None if self._bound is None else self._bound.hoisted
+
+    @property
+    def remembered(self) -> Remembered | None:
+        """What is kept of it, for the weights as they are now."""
+        return None if self._bound is None else self._bound.remembered
 
     def check_first(self, check: Callable[[Sequence[Any]], bool]) -> None:
         """Serve nothing from the cache before ``check`` has returned True for the arguments of a call."""

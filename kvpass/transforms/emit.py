@@ -185,7 +185,7 @@ def _pad(c: Context) -> fx.Node:
     x: fx.Node = next(c.operands)
     b, after = c.builder, c.step.fact
     before = b.analyzed.fact(c.step.operands[0])
-    amounts, rest = list(arguments(c.node)[1]), arguments(c.node)[2:]
+    amounts, rest = [c.convert(a) for a in arguments(c.node)[1]], arguments(c.node)[2:]
     for k in range(0, len(amounts), 2):
         axis = len(before.dims) - 1 - k // 2
         old, new = _row_atom(before, axis), _row_atom(after, axis)

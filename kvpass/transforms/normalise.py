@@ -16,6 +16,7 @@ from torch import fx
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.experts import unsorted
+from kvpass.transforms.masked import chosen
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.writes import joined
 
@@ -52,6 +53,7 @@ def normalise(module: fx.GraphModule) -> None:
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
+    chosen(graph)
     unrolled(graph)
     separate(graph)
     unsorted(graph)
