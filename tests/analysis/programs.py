@@ -28,6 +28,7 @@ class Env:
     ids: Tensor  # [B, S] in 0..4
     keep: Tensor  # [B, S] bool, the first row kept
     style: Tensor  # [5, 4], a context
+    sound: Tensor  # [B, 5, 4], a context of each sequence
     table: Tensor  # [11, 4] float, a weight
     weight: Tensor  # [6, 4], a weight
     bias: Tensor  # [4], a weight
@@ -80,7 +81,7 @@ def draw(batch: int = BATCH, seed: int = 0) -> list[Tensor]:
     keep[:, 0] = True
     ids = torch.randint(0, 5, (batch, ROWS), generator=generator)
     weights = [nn.Parameter(normal(*shape), requires_grad=False) for shape in ((11, 4), (6, 4), (4,))]
-    return [normal(batch, ROWS, 4), normal(batch, ROWS, 4), ids, keep, normal(5, 4), *weights]
+    return [normal(batch, ROWS, 4), normal(batch, ROWS, 4), ids, keep, normal(5, 4), normal(batch, 5, 4), *weights]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,14 @@ Task: TypeAlias = tuple[Mapped, str, Attn]
 
 TIMEOUT = 180.0
 MEMORY = 12 << 30
-IMPORTED = ["torch._dynamo", "kvpass.frontend", "kvpass.report", "tests.property.oracle", "tests.zoo.encoders", "tests.zoo.tiny"]
+IMPORTED = [
+    "torch._dynamo",
+    "kvpass.frontend",
+    "kvpass.report",
+    "tests.property.oracle",
+    "tests.zoo.encoders",
+    "tests.zoo.tiny",
+]
 STATUSES = ("proven", "not hoisted", "refused", "pieces", "cannot build", "error", "WRONG")
 
 

@@ -29,7 +29,9 @@ def not_hoisted(programs: Sequence[Program], inputs: int) -> str:
     Args:
         inputs: how many encoder inputs there were; 0 where nothing was heard.
     """
-    serving = [p for p in programs if p.incremental is not None and p.incremental.plan.analyzed.captured.of(Role.CONTEXT)]
+    serving = [
+        p for p in programs if p.incremental is not None and p.incremental.plan.analyzed.captured.of(Role.CONTEXT)
+    ]
     if not inputs or not programs:
         return ""
     if not serving:

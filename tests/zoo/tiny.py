@@ -15,6 +15,7 @@ from kvpass.huggingface import import_transformers
 from tests.zoo.shrink import (
     CAPS,
     DERIVED,
+    ENCODED_BY,
     EQUAL,
     EXCEPTIONS,
     FEATURES,
@@ -22,7 +23,9 @@ from tests.zoo.shrink import (
     IDS,
     LAYER_LISTS,
     LAYERS,
+    MASKED,
     MAX_LAYERS,
+    NUMBERS,
     SPECIAL,
     STARTS,
     VOCAB,
@@ -203,12 +206,17 @@ def inputs(model: nn.Module, rows: int, batch: int, seed: int = 0, hears: int = 
     ids = _ids((batch * texts, LONGEST, *inner), seed)[:, :rows].clone()
     call: dict[str, Any] = {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
     if "decoder_input_ids" not in known:
-        return {"input_ids": ids} | _heard(kind, "input_features", rows, batch, hears) | call
+        return {"input_ids": ids} | _heard(kind, "input_features", rows, batch, hears) | NUMBERS.get(kind, {}) | call
     name = "input_values" if "input_values" in known else "input_features"
-    encoded = {"input_ids": _ids((batch, ENCODED), seed + hears + 1)}
+    read = ENCODED_BY.get(kind, ENCODED)
+    encoded = {"input_ids": _ids((batch, read), seed + hears + 1)}
+    if "attention_mask" in known:
+        encoded["attention_mask"] = torch.ones(batch, read, dtype=torch.long)
+        encoded["attention_mask"][1::2, -2:] = 0  # the second text of two is shorter
     if held.main_input_name != "input_ids":
         encoded = _heard(kind, name, rows, batch, hears) or encoded
-    return encoded | {"decoder_input_ids": ids} | call
+    masked = {"decoder_attention_mask": torch.ones_like(ids)} if kind in MASKED else {}
+    return encoded | {"decoder_input_ids": ids} | masked | call
 
 
 def _heard(kind: str, name: str, rows: int, batch: int, seed: int) -> dict[str, Tensor]:

@@ -40,7 +40,10 @@ def opaque(op: Op) -> list[Out]:
         parts.together = parts.together or op.cause(why, errors.MixesBatch)
     for x in op.operands:
         x.everything |= set(x.labels)
-    return [Out([_axis(op, size, several and k == 0) for k, size in enumerate(shape)], replace(parts)) for shape in op.shapes]
+    return [
+        Out([_axis(op, size, several and k == 0) for k, size in enumerate(shape)], replace(parts))
+        for shape in op.shapes
+    ]
 
 
 def _axis(op: Op, size: Expr, first: bool) -> list[Label]:

@@ -11,7 +11,7 @@ from kvpass import errors
 from kvpass.analysis import laws
 from kvpass.analysis.expressions import number
 from kvpass.analysis.facts import Fill, Kind, leaf_name
-from kvpass.analysis.scope import Dims, Label, Operand, symbol
+from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
 from kvpass.analysis.table import (
     Op,
     Out,
@@ -167,6 +167,11 @@ def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any)
     op.operands[0].everything |= set(row_labels(op.scope, labels))
     op.scope.full |= set(row_labels(op.scope, labels))
     parts.support, parts.fill = sympy.true, None
+
+
+def mixed(op: Op, parts: Parts, labels: list[Label], rest: list[Label]) -> None:
+    """Every entry along ``labels`` of the first operand comes to depend on all of them."""
+    _mix(op, parts, labels, rest, None)
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
