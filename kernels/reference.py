@@ -29,12 +29,14 @@ def visible(
     rows: int,
     names: tuple[str, ...],
     loads: tuple[Tensor, ...],
+    keys: int | None = None,
 ) -> Tensor | None:
     """Which keys each new row sees.
 
     Args:
         support: predicate over ``b h i j`` (`Attention.support`); ``i`` and ``j`` are rows, not offsets.
-        start, rows: ``P`` and ``S``: the new rows are ``P .. S-1``, the keys ``0 .. S-1``.
+        start, rows: ``P`` and ``S``: the new rows are ``P .. S-1``.
+        keys: how many there are; ``S`` by default.
         names, loads: the tensors that leaf functions of the support read.
 
     Returns:
@@ -42,7 +44,7 @@ def visible(
     """
     if support == sympy.true or (rows - start == 1 and support in (_CAUSAL, _CAUSAL_NORMAL)):
         return None
-    grid = _grid(start, rows, device, heads, loads)
+    grid = _grid(start, rows, rows if keys is None else keys, device, heads, loads)
     mask = evaluate(support, grid, dict(zip(names, loads, strict=True)))
     return mask if isinstance(mask, Tensor) else torch.full((1, 1, 1, 1), bool(mask), device=device)
 
@@ -51,14 +53,14 @@ _CAUSAL_NORMAL = sympy.Le(J - I, 0)
 
 
 def _grid(
-    start: int, rows: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]
+    start: int, rows: int, keys: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]
 ) -> dict[sympy.Basic, Tensor]:
     batch = max((load.shape[0] for load in loads if load.dim()), default=1)
     return {
         B: torch.arange(batch, device=device).view(-1, 1, 1, 1),
         H: torch.arange(heads, device=device).view(1, -1, 1, 1),
         I: torch.arange(start, rows, device=device).view(1, 1, -1, 1),
-        J: torch.arange(rows, device=device).view(1, 1, 1, -1),
+        J: torch.arange(keys, device=device).view(1, 1, 1, -1),
     }
 
 

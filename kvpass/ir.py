@@ -194,6 +194,7 @@ class KernelOps(Protocol):
         rows: int,
         names: tuple[str, ...],
         loads: tuple[torch.Tensor, ...],
+        keys: int | None = None,
     ) -> torch.Tensor | None: ...
 
     def attention(

@@ -126,16 +126,25 @@ def _is_constant(node: fx.Node, real: Any) -> bool:
 
 
 def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:
-    """Guard that tokens, masks and positions are of one length, where they are so in this call.
+    """Guard that tokens, masks and positions are of one length, and that all inputs are of one batch, where it is so
+    in this call.
 
     A model that only gathers from its mask does not say so itself, and its rows would be two sequences. Comparing the
-    two symbols makes it a guard of Dynamo's: other lengths are another compilation.
+    two symbols makes it a guard of Dynamo's: other sizes are another compilation.
     """
-    tables = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and _is_table(f)]
+    given = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and isinstance(f, torch.Tensor)]
+    tables = [f for f in given if _is_table(f)]
     for other in tables[1:]:
-        a, b = tables[0].shape[1], other.shape[1]
-        if sym(a) != sym(b) and getattr(a, "node", None) is not None and a.node.hint == getattr(b.node, "hint", None):
-            bool(a == b)
+        _tie(tables[0].shape[1], other.shape[1])
+    for other in given if tables else ():
+        if other.dim() > 1:
+            _tie(tables[-1].shape[0], other.shape[0])
+
+
+def _tie(a: Any, b: Any) -> None:
+    symbols = all(isinstance(sym(size), sympy.Symbol) for size in (a, b))
+    if symbols and sym(a) != sym(b) and a.node.hint == b.node.hint:
+        bool(a == b)
 
 
 def _is_table(fake: Any) -> bool:

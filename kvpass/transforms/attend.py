@@ -101,25 +101,28 @@ def _referred(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.N
     """By the reference, on keys and values that are gathered from the pages."""
     key = _canonical(b, match.key, _all(b, match.key))
     value = _canonical(b, match.value, _all(b, match.value))
-    mask = _visible(b, match)
+    mask = _visible(b, match, start)
     inside = [load for load in match.loads if load.axes]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
     return b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
 
 
-def _visible(b: Builder, match: Recognised) -> fx.Node | None:
-    """The mask of the new rows: one for all attentions that share a support."""
+def _visible(b: Builder, match: Recognised, start: Any) -> fx.Node | None:
+    """The mask of the new rows: one for all attentions that share a support, and that count the same."""
     support = match.spec.support
     if support == sympy.true:
         return None
     leaves = [load for load in match.loads if not load.axes]
-    key = (support, match.spec.heads if support.has(H) else 0)
+    queries, keys = (
+        _lengths(b, b.analyzed.fact(side.node), _all(b, side), side.row) for side in (match.query, match.key)
+    )
+    key = (support, match.spec.heads if support.has(H) else 0, start, queries, keys)
     if key not in b.masks:
         loads = tuple(_load(b, load) for load in leaves)
         device = match.out.meta["val"].device
         names = tuple(load.name for load in leaves)
         static = bind(b.kernels.visible, support, device, match.spec.heads)
-        b.masks[key] = b.call(static, b.start, b.rows, names, loads)
+        b.masks[key] = b.call(static, start, queries, names, loads, keys)
     return b.masks[key]
 
 

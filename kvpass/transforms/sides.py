@@ -231,13 +231,11 @@ class Parts:
     value: Side
     result: Side
 
-    def _all_rows(self, fact: Fact, side: Side) -> bool:
+    def _counted(self, fact: Fact, side: Side) -> bool:
+        """True where entry ``k`` is what ``i`` or ``j`` is for: row ``k``, or the ``k``-th of the context."""
         rows = [fact.atoms[k] for k in side.row]
-        return (
-            len(rows) == 1
-            and rows[0].kind is Kind.SEQ
-            and (rows[0].start, rows[0].size) == (0, self.analyzed.captured.seq)
-        )
+        whole = (sympy.Integer(0), self.analyzed.captured.seq)
+        return len(rows) == 1 and (rows[0].kind is Kind.FREE or (rows[0].start, rows[0].size) == whole)
 
     def finish(
         self,
@@ -259,7 +257,7 @@ class Parts:
         if len(dtypes) != 1 and softmax_dtype is None:
             raise NotRecognised("operands of several dtypes")
         of_rows = score.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Integer(0)).has(I, J)
-        if (support != sympy.true or of_rows) and not (self._all_rows(q, self.query) and self._all_rows(k, self.key)):
+        if (support != sympy.true or of_rows) and not (self._counted(q, self.query) and self._counted(k, self.key)):
             raise NotRecognised("a mask over something else than all rows of the sequence")  # it speaks of rows
         spec = Attention(
             heads=heads,

@@ -135,7 +135,7 @@ def history(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield inputs(model, 17, 2)
     branch = inputs(model, 16, 2)
     ids = branch[text_of(branch)]
-    ids[..., 4] = ids[..., 4] - 1
+    ids[:, 4] = ids[:, 4] - 1
     yield branch
     yield inputs(model, 16, 2, hears=1)
     yield inputs(model, 9, 2)
