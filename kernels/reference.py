@@ -96,7 +96,7 @@ def attention(
     if spec.scale != 1.0:
         scores = scores * spec.scale
     if spec.score != SCORE:
-        grid = _grid(start, start + new, query.device, spec.heads, ()) | {
+        grid = _grid(start, start + new, key.shape[2], query.device, spec.heads, ()) | {
             B: torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1),
             J: torch.arange(key.shape[2], device=query.device).view(1, 1, 1, -1),
         }

@@ -101,7 +101,7 @@ class Fact:
         deps: flat indices of the SEQ atoms that bound the rows it depends on.
         whole, length, batch, random: why it depends on rows beyond ``deps``, on the number of rows, on other
             sequences of the batch (or on its own place among them), on chance; None where it does not.
-        context: it depends on an input of the context.
+        context, sequence: it depends on an input of the context, on one that has the sequence axis.
         together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
             a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
@@ -118,6 +118,7 @@ class Fact:
     batch: Cause | None = None
     random: Cause | None = None
     context: bool = False
+    sequence: bool = False
     together: Cause | None = None
     expr: sympy.Basic | None = None
     support: Boolean = field(default=sympy.true)
@@ -158,8 +159,8 @@ class Fact:
         return not self.deps and self.whole is None
 
     def of_context(self) -> bool:
-        """True of a value of the context: no input row matters, and an input of the context does."""
-        return self.context and self.index_only()
+        """True of a value of the context: no input of the sequence matters, and one of the context does."""
+        return self.context and not self.sequence
 
     def position(self, k: int) -> Expr:
         """The row at which entry ``index(k)`` of SEQ atom ``k`` stands."""

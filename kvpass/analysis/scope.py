@@ -48,6 +48,7 @@ class Parts:
     batch: Cause | None = None
     random: Cause | None = None
     context: bool = False
+    sequence: bool = False
     together: Cause | None = None
     expr: Value | None = None
     support: Boolean = sympy.true
@@ -70,17 +71,29 @@ def quotient(a: Expr, b: Expr) -> Expr | None:
 class Axes:
     """What sizes say: the symbol of the sequence's length, and of the batch's size where it has one.
 
-    ``laws`` gathers what is known of the leaf functions while a graph is swept.
+    ``lead`` entries stand before the first row where an axis holds more than the rows: a prefix of the context. They
+    are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
+    is swept.
     """
 
     seq: sympy.Symbol
     batch: Expr
+    lead: Expr = ZERO
     laws: Laws = field(default_factory=dict)
+
+    def start(self, size: Expr) -> Expr:
+        """The row of the first entry of a new axis along the sequence."""
+        return -self.lead if sympy.expand(size - self.seq - self.lead) == 0 else ZERO
 
     def kind(self, size: Expr) -> Kind:
         if size.has(self.seq):
             return Kind.SEQ
         return Kind.BATCH if size == self.batch and self.batch.free_symbols else Kind.FREE
+
+    def atom(self, size: Expr, bcast: bool = False) -> Atom:
+        """A new axis."""
+        kind = self.kind(size)
+        return Atom(kind, size, self.start(size) if kind is Kind.SEQ else ZERO, bcast)
 
 
 class Scope:
@@ -116,7 +129,7 @@ class Scope:
         Entries that are all the same may be a merged axis as well: ``zeros(B * s, ..)``.
         """
         sizes = self._factors(size) if bcast else [size]
-        return [self.new(Atom(self.axes.kind(part), part, bcast=bcast)) for part in sizes if part != 1]
+        return [self.new(self.axes.atom(part, bcast)) for part in sizes if part != 1]
 
     def _factors(self, size: Expr) -> list[Expr]:
         """A size as the batch, the sequence, and what is repeated for each row, if it is such a product."""
@@ -150,6 +163,7 @@ class Scope:
             parts.batch = parts.batch or fact.batch
             parts.random = parts.random or fact.random
             parts.context = parts.context or fact.context
+            parts.sequence = parts.sequence or fact.sequence
             parts.together = parts.together or fact.together
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
@@ -344,6 +358,7 @@ class Scope:
             batch=parts.batch or self.batch,
             random=parts.random,
             context=parts.context,
+            sequence=parts.sequence,
             together=parts.together,
             expr=None if parts.expr is None else settle(parts.expr),
             support=settle(parts.support),

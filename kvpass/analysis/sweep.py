@@ -98,7 +98,7 @@ def analyze(captured: Captured) -> Analyzed:
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
-    axes = Axes(captured.seq, captured.batch)
+    axes = Axes(captured.seq, captured.batch, captured.lead)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     for node in captured.module.graph.nodes:
@@ -153,10 +153,10 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
             dims.append((Atom(Kind.BATCH, sym(size)),))
         else:
             dims.append(() if size == 1 else (Atom(Kind.FREE, sym(size)),))
-    fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT)
+    fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT, sequence=given.role is Role.SEQUENCE)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch))
+    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch, captured.lead))
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
@@ -228,7 +228,7 @@ def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
 
 def _of_one_context(fact: Fact, op: Op) -> Fact:
     """What mixes the sequences of the context alone is a function of the context of the whole batch."""
-    known = all(x.fact.index_only() and x.fact.batch is None for x in op.operands)
+    known = all(x.fact.batch is None for x in op.operands)
     if fact.batch is None or not known or not fact.of_context():
         return fact
     return replace(fact, batch=None, together=fact.together or fact.batch)

@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, branches, constant, implies, is_boolean, simplify, substitute
+from kvpass.analysis.expressions import Value, branches, compare, constant, implies, is_boolean, simplify, substitute
 from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
@@ -151,8 +151,9 @@ def bounding_row(op: Op, j: Label, kept: list[Label], support: Boolean) -> Label
     support = scope.resolve(support)
     beyond = sympy.Symbol("d", integer=True, nonnegative=True)
     for i in row_labels(scope, kept):
-        later = row_of(scope, i) + 1 + beyond - scope.atoms[j].start
-        if implies(substitute(support, {symbol(j): later}), sympy.false):
+        later = row_of(scope, i) + 1 + beyond
+        there = substitute(support, {symbol(j): later - scope.atoms[j].start})
+        if implies(sympy.And(there, compare("ge", later, ZERO)), sympy.false):  # what is before row 0 reads no row
             return i
     return None
 

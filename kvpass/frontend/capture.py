@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.sweep import sym
+from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.ir import Captured, Input, Role
 
 
@@ -202,7 +202,20 @@ def _described(
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
-    return Captured(module, tuple(inputs), seq, batch, constants)
+    return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq))
+
+
+def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
+    """How many entries the first join of something and all rows puts before them."""
+    for node in module.graph.nodes:
+        if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
+            continue
+        axis = dim_of(node, 1) % node.meta["val"].dim()
+        sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
+        before = sympy.Add(*sizes[:-1])
+        if sizes[-1] == seq and before != 0 and not before.has(seq):
+            return before
+    return sympy.Integer(0)
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

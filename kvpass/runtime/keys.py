@@ -30,12 +30,20 @@ class Keys:
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
         self.signature = repr(head).encode()
         self.numbers = _free_numbers(captured)
-        lead = self.sequences[0]
-        self.lead, self.lead_axis = lead.index, lead.seq_axes[0]
+        first = self.sequences[0]
+        self._first, self._axis = first.index, first.seq_axes[0]
+        self._lead = captured.lead
+        values = {n.name: n.meta["val"] for n in captured.module.graph.nodes if n.op == "placeholder"}
+        sizes = {sym(values[i.name]): i.index for i in captured.of(Role.SYMBOL)}
+        self._sizes = {size: sizes[size] for size in captured.lead.free_symbols}
 
     def length(self, args: Sequence[Any]) -> int:
         """``S`` of a call."""
-        return int(args[self.lead].shape[self.lead_axis])
+        return int(args[self._first].shape[self._axis])
+
+    def lead(self, args: Sequence[Any]) -> int:
+        """How many entries stand before the rows of the text; they have keys as well."""
+        return int(self._lead.xreplace({size: sympy.Integer(args[k]) for size, k in self._sizes.items()}))
 
     def batch(self, args: Sequence[Any]) -> int:
         """``B`` of a call: the largest batch axis among its inputs."""
@@ -43,9 +51,15 @@ class Keys:
         return max((int(args[k].shape[axis]) for k, axis in axes), default=1)
 
     def rows(self, args: Sequence[Any]) -> tuple[list[bytes], int]:
-        """For each sequence of the batch the bytes of all its rows, and how many bytes a row has."""
-        batch, length = self.batch(args), self.length(args)
+        """For each sequence of the batch the bytes of all its rows, and how many bytes a row has.
+
+        What stands before the rows has no bytes of its own: it depends on the context, which is in the key.
+        """
+        batch, length, lead = self.batch(args), self.length(args), self.lead(args)
         tables = [_table(args[i.index], i, batch, length) for i in self.sequences]
+        if lead:
+            tables = [np.concatenate([np.zeros((batch, lead, t.shape[2]), np.uint8), t], axis=1) for t in tables]
+            length += lead
         if self.together:
             tables.append(_place(self.hoisting(args), batch, length))
         for given in () if self.together else self.contexts:
@@ -56,7 +70,7 @@ class Keys:
 
     def context(self, args: Sequence[Any]) -> bytes:
         """Digest of what the whole batch shares."""
-        digest = hashlib.sha256(self.signature)
+        digest = hashlib.sha256(self.signature + f"{self.lead(args)}".encode())
         for given in self.contexts:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))

@@ -125,7 +125,7 @@ class Program:
         if bound is None or not self._numbers_hold(args) or not self._forms_hold(args):
             return self._plainly(args)
         rows, width = self.keys.rows(args)
-        length = self.keys.length(args)
+        length = self.keys.length(args) + self.keys.lead(args)
         limit = length - bound.incremental.plan.tail
         if limit < 0:
             return self._plainly(args)

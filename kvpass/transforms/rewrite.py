@@ -33,7 +33,8 @@ aten = torch.ops.aten
 class Incremental:
     """The rewritten graph.
 
-    Its arguments are those of the captured graph, then ``rows`` (S) and ``start`` (P), then for each slot in order its
+    Its arguments are those of the captured graph, then ``rows`` (S) and ``start`` (P), which count a prefix of the
+    context, then for each slot in order its
     pool, block table, run and write rows (`kvpass.cache.SlotView`).
 
     Attributes:
@@ -110,7 +111,12 @@ class Builder:
             if roles[node.name] is Role.SYMBOL:
                 self.numbers.setdefault(sym(node.meta["val"]), self.inputs[node.name])
         self.rows, self.start = self.graph.placeholder("rows"), self.graph.placeholder("start")
-        self.numbers[self.captured.seq] = self.rows
+        self.lead = self.captured.lead
+        if self.lead != 0:
+            self.numbers[self.captured.seq] = self.graph.call_function(
+                operator.sub, (self.rows, self.number(self.lead))
+            )
+        self.numbers[self.captured.seq + self.lead] = self.rows
         self.p = sympy.Symbol("start", integer=True, nonnegative=True)
         self.numbers[self.p] = self.start
         self.slot_inputs = {
@@ -145,9 +151,9 @@ class Builder:
         """The entries ``[lo, hi)`` of an atom that are computed."""
         if atom.kind is not Kind.SEQ or everything or atom.size.is_number:
             return sympy.Integer(0), atom.size
-        if atom.start == 0:
+        if atom.start == -self.lead:
             return self.p, atom.size
-        return sympy.Max(self.p - atom.start, 0), atom.size
+        return sympy.Max(self.p - self.lead - atom.start, 0), atom.size
 
     def length(self, atom: Atom, everything: bool) -> sympy.Expr:
         lo, hi = self.span(atom, everything)

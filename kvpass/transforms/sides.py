@@ -16,7 +16,7 @@ from kvpass.analysis.expressions import branches, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
-from kvpass.ir import Attention, B, H, I, J, Read
+from kvpass.ir import SCORE, Attention, B, H, I, J, Read
 from kvpass.transforms.plan import MOVES, UNITS
 
 aten = torch.ops.aten
@@ -234,7 +234,8 @@ class Parts:
     def _counted(self, fact: Fact, side: Side) -> bool:
         """True where entry ``k`` is what ``i`` or ``j`` is for: row ``k``, or the ``k``-th of the context."""
         rows = [fact.atoms[k] for k in side.row]
-        whole = (sympy.Integer(0), self.analyzed.captured.seq)
+        captured = self.analyzed.captured
+        whole = (-captured.lead, captured.seq + captured.lead)
         return len(rows) == 1 and (rows[0].kind is Kind.FREE or (rows[0].start, rows[0].size) == whole)
 
     def finish(
@@ -256,6 +257,9 @@ class Parts:
         dtypes = {q.dtype, k.dtype, v.dtype}
         if len(dtypes) != 1 and softmax_dtype is None:
             raise NotRecognised("operands of several dtypes")
+        sizes = (score.free_symbols | support.free_symbols) - {SCORE, B, H, I, J}
+        if sizes:
+            raise NotRecognised(f"a mask that speaks of the size {min(map(str, sizes))}")
         of_rows = score.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Integer(0)).has(I, J)
         if (support != sympy.true or of_rows) and not (self._counted(q, self.query) and self._counted(k, self.key)):
             raise NotRecognised("a mask over something else than all rows of the sequence")  # it speaks of rows

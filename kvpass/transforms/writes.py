@@ -16,6 +16,7 @@ from kvpass.analysis.sweep import arguments, sym
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
+_LAST = 2**63 - 1
 _JOINS = (aten.cat.default, aten.concat.default)
 
 
@@ -55,6 +56,8 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     dim = given.get("dim", 0) % value.dim()
     size = value.shape[dim]
     if not isinstance(size, int):
+        if _is_everything(given, value, new.meta["val"]):
+            _replace(graph, node, new)
         return
     if given.get("step", 1) != 1:
         _interleave(graph, node, dim, size, given["step"])
@@ -68,6 +71,13 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
         pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
         made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
     _replace(graph, node, made)
+
+
+def _is_everything(given: dict[str, Any], value: Any, new: Any) -> bool:
+    """``x[:] = y`` along an axis of unknown length."""
+    ends = given.get("start") in (None, 0) and given.get("end") in (None, _LAST) and given.get("step", 1) == 1
+    same = [sym(d) for d in value.shape] == [sym(d) for d in new.shape] and value.dtype == new.dtype
+    return "index" not in given and ends and same
 
 
 def _given(node: fx.Node) -> dict[str, Any]:

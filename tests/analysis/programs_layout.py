@@ -210,7 +210,7 @@ LAYOUT: dict[str, Case] = {
     "renorm_rows": Case(lambda e: aten.renorm.default(e.x.flatten(1), 2, 0, 0.5), "refused"),
     # writes where a mask says
     "fill_rows": Case(lambda e: aten.index_put.default(e.x, [e.keep], torch.zeros((), dtype=torch.float64)), "row"),
-    "scatter_rows": Case(lambda e: e.x.masked_scatter((e.ids == 3)[..., None].expand_as(e.x), e.sound), "batch"),
+    "masked_scatter": Case(lambda e: e.x.masked_scatter((e.ids == 3)[..., None].expand_as(e.x), e.sound), "batch"),
     "table_by_count": Case(lambda e: F.embedding((e.ids == 3).long().cumsum(1) % 5, e.sound.flatten(0, 1)), "row"),
     # factories
     "zeros": Case(lambda e: torch.zeros(e.S, 4), "index"),

@@ -175,7 +175,7 @@ def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand, x
             parts.deps -= used
             parts.deps |= {other} if used else set()
             return
-    if row.is_number and row == 0:
+    if row == -scope.axes.lead:
         parts.deps -= used
         return
     _lose(op, parts, label, x)

@@ -223,7 +223,8 @@ def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any
     if atom.kind is Kind.SEQ and step != 1:
         raise errors.UnsupportedShape(detail="the sequence is sliced with a step")
     kind = atom.kind if atom.kind is not Kind.FREE else scope.axes.kind(size)
-    new = scope.new(replace(atom, kind=kind, size=size, start=atom.start + start if atom.kind is Kind.SEQ else ZERO))
+    first = atom.start + start if atom.kind is Kind.SEQ else scope.axes.start(size) if kind is Kind.SEQ else ZERO
+    new = scope.new(replace(atom, kind=kind, size=size, start=first))
     if kind is Kind.SEQ and atom.kind is Kind.FREE:
         scope.full.add(new)
     scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
@@ -303,7 +304,9 @@ def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> O
 
 def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets: list[Expr], new: Label) -> None:
     """Entry ``k`` of the result is entry ``k - offset`` of a piece: the result's first row must bound them all."""
-    scope, first = op.scope, ZERO
+    scope, first = op.scope, -op.scope.axes.lead
+    if _prefixed(op, pieces, axis, offsets, new):
+        return
     scope.full.add(new)
     for x, offset in zip(pieces, offsets, strict=True):
         x.everything |= set(x.dims[axis])
@@ -317,6 +320,28 @@ def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets:
     scope.atoms[new] = replace(scope.atoms[new], start=first)
     for offset in offsets:
         _moves_with_the_length(op, parts, first + offset)
+
+
+def _prefixed(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], new: Label) -> bool:
+    """All rows, after what depends on no row: the entries before them are rows before the first."""
+    scope, (*before, last) = op.scope, [x.dims[axis] for x in pieces]
+    if (
+        scope.axes.lead == 0
+        or offsets[-1] != scope.axes.lead
+        or len(last) != 1
+        or any(x.fact.deps for x in pieces[:-1])
+    ):
+        return False
+    atom = scope.atoms[last[0]]
+    if any(scope.atoms[label].kind is Kind.SEQ for dim in before for label in dim):
+        return False
+    if (atom.kind, atom.start, atom.size) != (Kind.SEQ, ZERO, scope.axes.seq) or any(x.fact.whole for x in pieces):
+        return False
+    for x in pieces[:-1]:
+        x.everything |= set(x.dims[axis])
+    scope.same[last[0]] = new
+    scope.subst[symbol(last[0])] = symbol(new) - scope.axes.lead
+    return True
 
 
 def _moves_with_the_length(op: Op, parts: Parts, first: Expr) -> None:
@@ -352,7 +377,8 @@ def diff(op: Op) -> Out:
     parts = op.gather()
     for operand in op.operands:
         operand.everything |= set(operand.dims[axis])
-    before = [y for y in prepend.dims[axis] if scope.atoms[y].kind is Kind.SEQ and scope.atoms[y].start == 0]
+    least = -scope.axes.lead
+    before = [y for y in prepend.dims[axis] if scope.atoms[y].kind is Kind.SEQ and scope.atoms[y].start == least]
     moved = {label, *before}  # the first row is bounded by every row
     parts.deps = {d for d in parts.deps if scope.representative(d) not in moved} | (
         {label} if scope.deps(x) or scope.deps(prepend) else set()
@@ -449,7 +475,9 @@ def _padded_rows(op: Op, x: Operand, labels: list[Label], before: Any, size: Exp
     if len(labels) != 1:
         raise errors.UnsupportedShape(detail="a merged axis is padded")
     (label,) = labels
-    start = sympy.Max(op.scope.atoms[label].start - before, ZERO)  # an earlier row is bounded by a later one
+    start = sympy.Max(
+        op.scope.atoms[label].start - before, -op.scope.axes.lead
+    )  # an earlier row is bounded by a later one
     new = op.scope.new(replace(op.scope.atoms[label], size=size, start=start))
     op.scope.same[label] = new
     op.scope.subst[symbol(label)] = symbol(new)

@@ -27,7 +27,7 @@ def of_context_alone(op: Op) -> bool:
     if any(isinstance(number, sympy.Basic) and number.has(seq) for number in numbers):
         return False
     facts = [x.fact for x in op.operands]
-    return all(f.index_only() and all(atom.kind is not Kind.SEQ for atom in f.atoms) for f in facts)
+    return all(not f.sequence and f.index_only() and all(atom.kind is not Kind.SEQ for atom in f.atoms) for f in facts)
 
 
 def opaque(op: Op) -> list[Out]:
