@@ -64,6 +64,8 @@ class Bound:
 
 def _lenders(plan: Plan) -> dict[int, Lender]:
     """One for each output that grows at its end. (Pages of one sequence only are read in place.)"""
+    if plan.analyzed.captured.lead != 0:  # rows of the text may stand behind a prefix
+        return {}
     slots = [plan.slot_of(n) if isinstance(n, fx.Node) else None for n in plan.analyzed.outputs]
     return {
         k: Lender(slot.row)

@@ -116,6 +116,8 @@ def _pool_layout(b: Builder, side: Side) -> Layout | None:
     slot = b.plan.slot_of(side.node)
     if slot is None or not _all(b, side):
         return None
+    if b.skipped(slot) != 0:
+        return None
     fact = b.analyzed.fact(slot.node)
     dims = [d for d in range(len(fact.dims)) if d not in (slot.row, slot.batch)]
     outside = _strides(fact, [k for d in dims if d < slot.row for k in fact.flat(d)])

@@ -294,13 +294,26 @@ class Builder:
     def pool(self, slot: Slot) -> fx.Node:
         """The slot's pool after the new rows were written."""
         if slot.name not in self.written:
-            rows = self.build(slot.node, NEW)
+            rows = self._behind_prefix(slot, self.build(slot.node, NEW))
             outer, self.current = self.current, slot.node
             flat = self._to_rows(slot, rows)
             pool, _, _, place = self.slot_inputs[slot.name]
             self.written[slot.name] = self.call(self.kernels.append, pool, flat, place, len(slot.before))
             self.current = outer
         return self.written[slot.name]
+
+    def skipped(self, slot: Slot) -> sympy.Expr:
+        """How many rows of a slot stand for a prefix that its value does not have."""
+        fact = self.analyzed.fact(slot.node)
+        return self.lead + fact.atoms[fact.rows[0]].start
+
+    def _behind_prefix(self, slot: Slot, value: fx.Node) -> fx.Node:
+        """The new rows of a value, behind zeros where the prefix has new rows and the value has none."""
+        missing = sympy.Max(self.skipped(slot) - self.p, 0)
+        if self.skipped(slot) == 0:
+            return value
+        axes = len(self.analyzed.fact(slot.node).dims) - slot.row - 1
+        return self.call(aten.constant_pad_nd.default, value, [*(0 for _ in range(2 * axes)), self.number(missing), 0])
 
     def _to_rows(self, slot: Slot, value: fx.Node) -> fx.Node:
         """``[.., S, ..]`` in the captured axes to ``[*before, B * N, *after]``."""
@@ -318,6 +331,9 @@ class Builder:
         pool = self.pool(slot)
         _, table, run, _ = self.slot_inputs[slot.name]
         dense = self.call(self.kernels.read, pool, table, run, self.rows, len(slot.before))  # [B, *before, S, *after]
+        if self.skipped(slot) != 0:
+            first = self.number(self.skipped(slot))
+            dense = self.call(aten.slice.Tensor, dense, 1 + len(slot.before), first, self.rows)
         fact = self.analyzed.fact(slot.node)
         if slot.batch in (None, 0):
             return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(fact.wide)))

@@ -230,10 +230,18 @@ def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any
     scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
     if atom.kind is Kind.SEQ:
         scope.same[label] = new
-        if not _is_tail(op, scope.atoms[new]) and not (start == 0 and atom.start == 0 and size.has(scope.axes.seq)):
+        if not _is_tail(op, scope.atoms[new]) and not _keeps_rows(op, atom, scope.atoms[new]):
             x.everything.add(label)
             scope.full.add(new)
     return new
+
+
+def _keeps_rows(op: Op, before: Atom, after: Atom) -> bool:
+    """All rows, or all but the last ones; without a prefix before them, which no row of the text can be new in."""
+    if after.start == before.start:
+        return bool(after.start == 0 and after.size.has(op.scope.axes.seq))
+    rows = (ZERO, op.scope.axes.seq)
+    return bool(before.start == -op.scope.axes.lead and (after.start, after.size) == rows)
 
 
 def _is_tail(op: Op, atom: Atom) -> bool:
