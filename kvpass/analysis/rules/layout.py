@@ -468,10 +468,6 @@ def pad(op: Op) -> Out:
             continue
         rows = [label for label in dims[axis] if scope.atoms[label].kind is Kind.SEQ]
         if rows:
-            if not all(isinstance(amount, int) for amount in amounts[2 * k : 2 * k + 2]):
-                raise errors.UnsupportedShape(
-                    detail=f"the rows are padded by {amounts[2 * k : 2 * k + 2]}, no constant"
-                )
             out.dims[axis] = [_padded_rows(op, x, dims[axis], before, op.shape[axis])]
             if amounts[2 * k + 1] > 0:
                 (new,) = out.dims[axis]
