@@ -86,8 +86,8 @@ def source_of(node: fx.Node) -> str:
     return ""
 
 
-def analyze(captured: Captured) -> Analyzed:
-    """Facts for every value.
+def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
+    """Facts for every value, or for one and what it is computed from.
 
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
@@ -95,7 +95,7 @@ def analyze(captured: Captured) -> Analyzed:
     axes = Axes(captured.seq, captured.batch)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
-    for node in captured.module.graph.nodes:
+    for node in captured.module.graph.nodes if upto is None else _ancestry(upto):
         try:
             step = _step(node, steps, captured, inputs, axes)
         except errors.Refusal as refusal:
@@ -103,6 +103,16 @@ def analyze(captured: Captured) -> Analyzed:
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps)
+
+
+def _ancestry(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, in the order of the graph."""
+    found, todo = {node}, [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return sorted(found)
 
 
 def _step(

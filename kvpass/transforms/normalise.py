@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.ir import Captured
 from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.experts import unsorted
+from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.writes import joined
 
@@ -33,8 +35,9 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
-def normalise(module: fx.GraphModule) -> None:
+def normalise(captured: Captured) -> None:
     """Rewrite the graph in place; every new node carries ``meta['val']`` and the user's line."""
+    module = captured.module
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -53,6 +56,7 @@ def normalise(module: fx.GraphModule) -> None:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
     unrolled(graph)
+    respelled(captured)
     separate(graph)
     unsorted(graph)
     graph.eliminate_dead_code()

@@ -28,6 +28,7 @@ from kvpass.transforms.sides import (
     predicate,
     side_of,
     unrepeated,
+    unrepeated_key,
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
@@ -64,7 +65,7 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if args.get("dropout_p"):
         raise NotRecognised("dropout inside attention")
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
-    key = unrepeated(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
+    key, factor = unrepeated_key(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
     value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
     result = side_of(node, analyzed.fact(node), analyzed.fact(node).flat(-2), analyzed.fact(node).flat(-1))
     scale = args.get("scale")
@@ -78,7 +79,7 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if mask is not None:
         support, score = _mask(analyzed, node, mask, support, loads)
     parts = Parts(analyzed, node, query, key, value, result)
-    return parts.finish(float(scale) if scale is not None else size**-0.5, score, support, loads)
+    return parts.finish(factor * (float(scale) if scale is not None else size**-0.5), score, support, loads)
 
 
 def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load]) -> tuple[Any, Any]:

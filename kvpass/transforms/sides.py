@@ -14,7 +14,7 @@ from torch import fx
 
 from kvpass.analysis.expressions import branches, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
-from kvpass.analysis.sweep import Analyzed
+from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
 from kvpass.ir import Attention, B, H, I, J, Read
 from kvpass.transforms.plan import MOVES, UNITS
@@ -155,26 +155,45 @@ def count(fact: Fact, atoms: tuple[int, ...]) -> int:
 
 
 def unrepeated(analyzed: Analyzed, side: Side) -> Side:
-    """The same operand before its heads were repeated; the repeated atoms become the group.
+    """The same operand before its heads were repeated; the repeated atoms become the group."""
+    return _unrepeated(analyzed, side, lambda _: None)[0]
 
-    ``[K, ~G]`` (``repeat_interleave``, ``expand``) is the layout in which query head ``h`` reads head ``h // G``; only
+
+def unrepeated_key(analyzed: Analyzed, side: Side) -> tuple[Side, float]:
+    """The same for keys, and the number that they were multiplied by after they had been repeated."""
+    return _unrepeated(analyzed, side, factor_of)
+
+
+def factor_of(node: fx.Node) -> float | None:
+    """The number by which an op multiplies its only operand."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
+        return None
+    number = arguments(node)[1]
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number == 0:
+        return None
+    return float(number) if node.target is aten.mul.Tensor else 1.0 / number
+
+
+def _unrepeated(analyzed: Analyzed, side: Side, factor: Callable[[fx.Node], float | None]) -> tuple[Side, float]:
+    """``[K, ~G]`` (``repeat_interleave``, ``expand``) is the layout in which query head ``h`` reads head ``h // G``; only
     that one is taken apart.
     """
     fact = analyzed.fact(side.node)
     repeated = [k for k in side.heads if fact.atoms[k].bcast]
     kept = [k for k in side.heads if not fact.atoms[k].bcast]
     if not repeated or list(side.heads) != kept + repeated:
-        return side
-    node, place = side.node, {k: k for k in _real(fact) if k not in repeated}
+        return side, 1.0
+    node, place, scale = side.node, {k: k for k in _real(fact) if k not in repeated}, 1.0
     found = False
     # To the nearest one, but for axes of size one: what is stored is no nearer to the inputs.
-    while node.target in LAYOUT and (not found or node.target in UNITS):
+    while node.target in UNITS or (not found and (node.target in LAYOUT or factor(node) is not None)):
+        scale *= factor(node) or 1.0
         before = _before(analyzed, node, place)
         if before is None:
             break
         node, place = before
         found = len(_real(analyzed.fact(node))) == len(place)
-    return _moved(analyzed, side, node, place, tuple(repeated)) if found else side
+    return (_moved(analyzed, side, node, place, tuple(repeated)), scale) if found else (side, 1.0)
 
 
 def at_stored(analyzed: Analyzed, side: Side, stored: Callable[[fx.Node], bool]) -> Side:

@@ -28,6 +28,7 @@ from kvpass.transforms.sides import (
     predicate,
     side_of,
     unrepeated,
+    unrepeated_key,
 )
 from kvpass.transforms.sinks import sink_of
 
@@ -176,14 +177,15 @@ class _Walk:
     ) -> Recognised:
         q, k = self._query_and_key(product)
         value, result = self._value(out, weights_at)
-        parts = Parts(self.analyzed, out, q, unrepeated(self.analyzed, k), unrepeated(self.analyzed, value), result)
+        key, scale = unrepeated_key(self.analyzed, k)
+        parts = Parts(self.analyzed, out, q, key, unrepeated(self.analyzed, value), result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
         strict = strict and self.softmax.target is not aten._safe_softmax.default
         dtype = self.softmax.meta["val"].dtype
         name = None if sink is None else self.sink(sink)
         empty_is_nan = strict and not always_keeps_a_key(support)
-        return parts.finish(1.0, score, support, self.loads, dtype, empty_is_nan, name)
+        return parts.finish(scale, score, support, self.loads, dtype, empty_is_nan, name)
 
     def _query_and_key(self, product: fx.Node) -> tuple[Side, Side]:
         step = self.analyzed.steps[product]
