@@ -14,19 +14,18 @@ before `exp`, a maximum over keys that are masked after it, and a mask after a s
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from kvpass.analysis.expressions import branches
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
-from kvpass.analysis.sweep import analyze, arguments, dim_of, sym
+from kvpass.analysis.sweep import analyze, arguments, sym
 from kvpass.ir import Captured
+from kvpass.transforms.reductions import Reduction, before_shift, log_of_sum, moved, sum_of, unmoved
 from kvpass.transforms.sides import PRODUCTS
 from kvpass.transforms.spell import call, same
 
@@ -75,18 +74,15 @@ def respelled(captured: Captured) -> None:
 def _quotient(captured: Captured, node: fx.Node) -> None:
     """``w / sum(w)`` and ``(w @ v) / sum(w)``, also as a product with the reciprocal."""
     for numerator, total in _fractions(node):
-        summed = _summed(total)
-        if summed is None or summed[0].meta["val"].dtype != node.meta["val"].dtype:
+        found = sum_of(total)
+        weights = None if found is None else _weights(captured, found.source)
+        if found is None or weights is None:
             continue
-        source, axis, beside = summed
-        weights = _weights(captured, source)
-        if weights is None:
-            continue
-        if same(numerator, source):
-            if beside == _kept(source, axis) and _replaced(captured.module.graph, node, weights, axis):
+        if same(numerator, found.source):
+            if found.stands_beside() and _replaced(captured.module.graph, node, weights, found.axis):
                 return
-        elif _normalises(numerator, source, axis, beside):
-            _divided_first(captured.module.graph, node, numerator, weights, source, axis)
+        elif _normalises(numerator, found):
+            _divided_first(captured.module.graph, node, numerator, weights, found)
             return
 
 
@@ -111,67 +107,10 @@ def _inverted(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _summed(node: fx.Node) -> tuple[fx.Node, int, list[int | None]] | None:
-    """``(w, axis, where each axis of the node stands in w)`` of the sum of ``w`` along one axis; None for no axis."""
-    node, moves = _unmoved(node)
-    if node.target is not aten.sum.dim_IntList or len(axes := arguments(node)[1]) != 1:
-        return None
-    source = arguments(node)[0]
-    rank = source.meta["val"].dim()
-    axis = axes[0] % rank
-    kept = len(arguments(node)) > 2 and arguments(node)[2]
-    names = _names(source, axis, kept, moves)
-    return (source, axis, names) if node.meta["val"].dtype == source.meta["val"].dtype else None
-
-
-def _kept(x: fx.Node, axis: int) -> list[int | None]:
-    """The axes of what has one entry in the place of one axis of ``x``."""
-    return [None if k == axis else k for k in range(x.meta["val"].dim())]
-
-
-def _unmoved(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """A value before its axes were moved about, and the ops that did so, the last one first."""
-    moves = []
-    while node.target in _MOVES or (node.target is aten.expand.default and _same_rank(node)):
-        moves.append(node)
-        node = arguments(node)[0]
-    return node, moves
-
-
-def _names(x: fx.Node, axis: int, keepdim: bool, moves: Sequence[fx.Node]) -> list[int | None]:
-    """The axes of ``x`` in a reduction over one of them, after some moves; None for an axis of size one."""
-    names = [k for k in _kept(x, axis) if keepdim or k is not None]
-    for move in reversed(moves):
-        names = _moved(move, names)
-    return names
-
-
-def _same_rank(node: fx.Node) -> bool:
-    return bool(arguments(node)[0].meta["val"].dim() == node.meta["val"].dim())
-
-
-def _moved(node: fx.Node, names: list[int | None]) -> list[int | None]:
-    """The names of the axes behind an op of `_MOVES`."""
-    if node.target is aten.expand.default:
-        return names
-    names = list(names)
-    args, rank = arguments(node), len(names)
-    if node.target is aten.unsqueeze.default:
-        names.insert(args[1] % (rank + 1), None)
-    elif node.target is aten.transpose.int:
-        a, b = args[1] % rank, args[2] % rank
-        names[a], names[b] = names[b], names[a]
-    elif node.target is aten.permute.default:
-        names = [names[k] for k in args[1]]
-    return names
-
-
-_MOVES = (aten.unsqueeze.default, aten.transpose.int, aten.permute.default)
-
-
-def _normalises(product: fx.Node, weights: fx.Node, axis: int, denominator: list[int | None]) -> bool:
-    """True where ``product`` sums ``weights * values`` over ``axis`` and the denominator stands beside its rows."""
-    product, moves = _unmoved(product)
+def _normalises(product: fx.Node, total: Reduction) -> bool:
+    """True where ``product`` sums ``weights * values`` over the axis of the total, which stands beside its rows."""
+    weights, axis, denominator = total.source, total.axis, total.names
+    product, moves = unmoved(product)
     if product.target not in PRODUCTS or product.target is aten.baddbmm.default or any(m.kwargs for m in moves):
         return False
     factors = _factors(product)
@@ -182,11 +121,16 @@ def _normalises(product: fx.Node, weights: fx.Node, axis: int, denominator: list
     else:
         *specs, out = matmul_names(*(f.meta["val"].dim() for f in factors))
     mine, other = specs if same(factors[0], weights) else reversed(specs)
-    if len(set(mine)) != len(mine) or mine[axis] in out or mine[axis] not in other or set(mine) - {mine[axis]} - set(out):
+    if (
+        len(set(mine)) != len(mine)
+        or mine[axis] in out
+        or mine[axis] not in other
+        or set(mine) - {mine[axis]} - set(out)
+    ):
         return False
     names: list[int | None] = [mine.index(name) if name in mine else None for name in out]
     for move in reversed(moves):
-        names = _moved(move, names)
+        names = moved(move, names)
     beside = [None] * (len(names) - len(denominator)) + denominator
     return len(beside) == len(names) and all(a in (None, b) for a, b in zip(beside, names, strict=True))
 
@@ -206,16 +150,14 @@ def _replaced(graph: fx.Graph, node: fx.Node, weights: Weights, axis: int) -> bo
     return False
 
 
-def _divided_first(
-    graph: fx.Graph, node: fx.Node, product: fx.Node, weights: Weights, source: fx.Node, axis: int
-) -> None:
+def _divided_first(graph: fx.Graph, node: fx.Node, product: fx.Node, weights: Weights, total: Reduction) -> None:
     """The product with the softmax in the place of a product over the sum of its weights."""
-    bottom, moves = _unmoved(product)
+    bottom, moves = unmoved(product)
     with graph.inserting_before(node):
-        made = _softmax(graph, node, weights, axis)
-        if not (_alike(made, source) and _alike(product, node)):
+        made = _softmax(graph, node, weights, total.axis)
+        if not (_alike(made, total.source) and _alike(product, node)):
             return
-        old = next(factor for factor in _factors(bottom) if same(factor, source))
+        old = next(factor for factor in _factors(bottom) if same(factor, total.source))
         for op in (bottom, *reversed(moves)):
             hole = old if op is bottom else arguments(op)[0]
             made = _copied(graph, op, hole, made)
@@ -356,42 +298,5 @@ def _log_softmax(node: fx.Node) -> tuple[fx.Node, int] | None:
         return args[0], args[1] % node.meta["val"].dim()
     if node.target is not aten.sub.Tensor or len(args) != 2 or node.kwargs or not isinstance(args[1], fx.Node):
         return None
-    found = _log_of_sum(args[1])
+    found = log_of_sum(args[1])
     return found if found is not None and same(found[0], args[0]) else None
-
-
-def _log_of_sum(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """``(x, axis)`` where a node is ``log(sum(exp(x)))`` along an axis that it keeps as one of size one."""
-    if node.target is aten.log.default:
-        summed = _summed(arguments(node)[0])
-        if summed is None or summed[0].target is not aten.exp.default:
-            return None
-        source, axis, names = summed
-        x = arguments(source)[0]
-    else:
-        node, moves = _unmoved(node)
-        if node.target is not aten.logsumexp.default or len(arguments(node)[1]) != 1:
-            return None
-        x, rank = arguments(node)[0], arguments(node)[0].meta["val"].dim()
-        axis = arguments(node)[1][0] % rank
-        names = _names(x, axis, len(arguments(node)) > 2 and arguments(node)[2], moves)
-    return (x, axis) if names == _kept(x, axis) else None
-
-
-def before_shift(x: fx.Node, axis: int) -> fx.Node:
-    """What the maximum along the axis was taken from, which a softmax does not notice."""
-    if x.target is not aten.sub.Tensor or len(arguments(x)) != 2 or x.kwargs:
-        return x
-    whole, top = arguments(x)
-    if not isinstance(top, fx.Node):
-        return x
-    top, moves = _unmoved(top)
-    if top.target is operator.getitem and arguments(top)[1] == 0:
-        top = arguments(top)[0]
-    if top.target not in (aten.max.dim, aten.amax.default) or not same(arguments(top)[0], whole):
-        return x
-    rank = whole.meta["val"].dim()
-    axes = arguments(top)[1] if isinstance(arguments(top)[1], (list, tuple)) else [arguments(top)[1]]
-    kept = len(arguments(top)) > 2 and arguments(top)[2]
-    names = _names(whole, axis, kept, moves)
-    return whole if names == _kept(whole, axis) and [a % rank for a in axes] == [axis % rank] else x

@@ -16,6 +16,7 @@ from torch import fx
 from kvpass.analysis.facts import Fact, Fill, Kind
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
+from kvpass.transforms.heads import heads_of, keys_first
 from kvpass.transforms.sides import (
     Load,
     NotRecognised,
@@ -67,7 +68,11 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
     key, factor = unrepeated_key(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
     value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
-    result = side_of(node, analyzed.fact(node), analyzed.fact(node).flat(-2), analyzed.fact(node).flat(-1))
+    out = analyzed.fact(node)
+    result = side_of(node, out, out.flat(-2), out.flat(-1))
+    heads = heads_of(out, result.depth)
+    if keys_first(heads, set(analyzed.steps[node].links[1])) != heads and not args.get("enable_gqa"):
+        raise NotRecognised("the heads of the keys do not come first")
     scale = args.get("scale")
     size = count(q, query.depth)
     if isinstance(scale, fx.Node):
@@ -119,7 +124,9 @@ def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
                 letters.append("i")
             else:
                 letters.append("b" if atom.kind is Kind.BATCH else "h")
-    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts:
+    wide = [atom.size for atom, x in zip(fact.atoms, letters, strict=False) if x == "h" and atom.size != 1]
+    every = [out.atoms[k].size for k in heads_of(out, out.flat(-1))]
+    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or (wide and wide != every):
         raise NotRecognised(f"a mask of axes {fact}")
     return tuple(letters)
 

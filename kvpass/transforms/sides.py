@@ -12,7 +12,7 @@ from sympy import Piecewise
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.expressions import branches, number, simplify
+from kvpass.analysis.expressions import branches, contradicts, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
@@ -41,16 +41,19 @@ class Side:
 class Load:
     """A tensor that the score expression or the support reads, as ``name(b, h, i, j)``.
 
-    ``axes``: for each flat atom of the node's fact, the letter of the index it follows.
+    ``axes``: for each flat atom of the node's fact, the letter of the index it follows; None for a leaf of a support.
     """
 
     name: str
     node: fx.Node
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] | None
 
     def read(self, fact: Fact) -> Read:
+        if self.axes is None:
+            return Read(self.name, fact.dtype)
         kept = {x for x, atom in zip(self.axes, fact.atoms, strict=False) if atom.size != 1}
-        return Read(self.name, fact.dtype, "".join(x for x in "bhij" if x in kept))
+        # A single number is read as one for each head: a read without axes is one of a support.
+        return Read(self.name, fact.dtype, "".join(x for x in "bhij" if x in (kept or "h")))
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,15 @@ def without_fill(value: Any) -> tuple[Any, Any, Fill | None]:
     return Piecewise(*inside[:-1], (inside[-1][0], True)), simplify(sympy.Not(sympy.Or(*outside))), fill
 
 
+def inside(score: Any, support: Any) -> Any:
+    """A score where it matters: choices that the support has made are made."""
+    for choice in score.atoms(Piecewise):
+        kept = [val for val, cond in branches(choice) if not contradicts(sympy.And(support, cond))]
+        if len(kept) == 1:
+            score = score.xreplace({choice: kept[0]})
+    return score
+
+
 def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:
     """A predicate over a mask's atoms as one over ``b h i j``; leaf functions become loads."""
     if expr is None:
@@ -136,7 +148,7 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
         if all(load.name != name for load in loads):
-            loads.append(Load(name, by_name[name], ()))
+            loads.append(Load(name, by_name[name], None))
     return expr
 
 
@@ -175,8 +187,8 @@ def factor_of(node: fx.Node) -> float | None:
 
 
 def _unrepeated(analyzed: Analyzed, side: Side, factor: Callable[[fx.Node], float | None]) -> tuple[Side, float]:
-    """``[K, ~G]`` (``repeat_interleave``, ``expand``) is the layout in which query head ``h`` reads head ``h // G``; only
-    that one is taken apart.
+    """Heads of ``[K, ~G]``, as ``repeat_interleave`` and ``expand`` make them, are taken apart; no others: query head
+    ``h`` reads head ``h // G``.
     """
     fact = analyzed.fact(side.node)
     repeated = [k for k in side.heads if fact.atoms[k].bcast]
@@ -272,6 +284,8 @@ class Parts:
         q, k, v = fact(self.query.node), fact(self.key.node), fact(self.value.node)
         heads = count(q, self.query.heads)
         kv_heads, value_heads = count(k, self.key.heads), count(v, self.value.heads)
+        if count(fact(self.out), self.result.heads) != heads:
+            raise NotRecognised("the result has other heads than the queries")
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
             raise NotRecognised(f"{heads} query heads over {kv_heads} key heads and {value_heads} value heads")
         dtypes = {q.dtype, k.dtype, v.dtype}
