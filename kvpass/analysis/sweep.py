@@ -16,7 +16,7 @@ import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis import laws
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
+from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
@@ -124,7 +124,7 @@ def _step(
             return None
         return Step((_input_fact(node, given, captured),))
     if node.op == "get_attr":
-        return Step((_constant_fact(node, attribute(captured.module, str(node.target))),))
+        return Step((_lifted_fact(node, attribute(captured.module, str(node.target))),))
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
@@ -161,6 +161,14 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
     return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch))
+
+
+def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
+    """A tensor that the model's code wrote down; a single number is that number."""
+    fact = _constant_fact(node, tensor)
+    if tensor.numel() != 1 or tensor.is_complex():
+        return fact
+    return fact.with_expr(constant(tensor.item()))
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:

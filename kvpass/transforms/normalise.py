@@ -19,6 +19,7 @@ from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
+from kvpass.transforms.spell import call
 from kvpass.transforms.writes import joined
 
 aten = torch.ops.aten
@@ -52,6 +53,8 @@ def normalise(captured: Captured) -> None:
         elif node.target is aten.type_as.default:
             node.target, node.args = aten._to_copy.default, (arguments(node)[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype}
+        elif node.target is aten.baddbmm.default and node.kwargs.get("beta") == 0:
+            _without_bias(graph, node)
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
@@ -75,6 +78,17 @@ def _is_identity(node: fx.Node) -> bool:
         source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
     return False
+
+
+def _without_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """A bias that is multiplied by zero is not read, whatever it holds."""
+    alpha = node.kwargs.get("alpha", 1)
+    with graph.inserting_before(node):
+        made = call(graph, node, aten.bmm.default, *arguments(node)[1:])
+        if alpha != 1:
+            made = call(graph, node, aten.mul.Tensor, made, alpha)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:

@@ -114,6 +114,7 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
 
 def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
+    heads = tuple(heads_of(out, out.flat(-1)))
     letters: list[str] = []
     for k, dim in enumerate(fact.dims):
         place = k - len(fact.dims)
@@ -124,9 +125,8 @@ def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
                 letters.append("i")
             else:
                 letters.append("b" if atom.kind is Kind.BATCH else "h")
-    wide = [atom.size for atom, x in zip(fact.atoms, letters, strict=False) if x == "h" and atom.size != 1]
-    every = [out.atoms[k].size for k in heads_of(out, out.flat(-1))]
-    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or (wide and wide != every):
+    mine = count(fact, tuple(k for k, x in enumerate(letters) if x == "h"))
+    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or mine not in (1, count(out, heads)):
         raise NotRecognised(f"a mask of axes {fact}")
     return tuple(letters)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from sympy import Piecewise
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.expressions import branches, contradicts, number, simplify
+from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
@@ -92,13 +93,18 @@ _LONGEST = 40  # ops of a closed form that is cheaper to compute for each score 
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
-def only_fill(fact: Fact) -> Any:
-    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside."""
-    if fact.expr is None:
+def only_fill(fact: Fact, sign: int = 1) -> Any:
+    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside.
+
+    Args:
+        sign: -1 for a mask that is taken off.
+    """
+    expr = fact.expr if sign > 0 or fact.expr is None else apply(operator.neg, fact.expr)
+    if expr is None:
         return None
-    values = {val for val, _ in branches(number(fact.expr))}
+    values = {val for val, _ in branches(number(expr))}
     low = {val for val in values if val.is_number and Fill.of(val) in (Fill.NEG_INF, Fill.NEG)}
-    known = support_of(fact.expr)
+    known = support_of(expr)
     return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
 
 

@@ -352,9 +352,23 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
     other = step.operands[1 - k]
-    if only_fill(walk.analyzed.fact(other)) is not None:
+    if only_fill(walk.analyzed.fact(other), sign) is not None:
         return product, score  # in the support already
     return product, score + sign * walk.load(other, step, 1 - k, at)
+
+
+def _floored(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
+    """A floor under the scores: a number, or a tensor that holds one."""
+    k = 0 if len(step.operands) == 1 else walk.scores_operand(step)
+    given: Any = arguments(node)[1]
+    if len(arguments(node)) > 2 or node.kwargs:
+        raise NotRecognised("scores between two bounds")
+    if len(step.operands) > 1:
+        value = walk.analyzed.fact(step.operands[1 - k]).expr
+        given = float(value) if value is not None and value.is_number else None
+    product, score = walk.into(step, k, at)
+    floor = _number(given)
+    return product, score if floor <= torch.finfo(node.meta["val"].dtype).min else sympy.Max(score, floor)
 
 
 def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
@@ -379,6 +393,7 @@ _POINTWISE: dict[str, Callable[..., tuple[fx.Node, Any]]] = {
     "sub": _added,
     "masked_fill": _masked,
     "where": _masked,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _floored),
     "tanh": _unary,
     "neg": _unary,
 }

@@ -67,7 +67,6 @@ SPELLINGS: dict[str, Spelling] = {
         products.grouped_heads_outside,
         products.grouped_rows,
         products.head_loop_joined,
-        products.vmapped,
         products.einops_merged,
         products.einops_grouped,
         products.scale_tensor,

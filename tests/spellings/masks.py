@@ -128,7 +128,7 @@ def additive_floor(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: floa
     """Nothing below the smallest number, so that two masks do not add up to -inf."""
     k, v = repeat(q, k, v)
     lowest = torch.finfo(q.dtype).min
-    scores = scores_of(q, k, scale) + torch.where(allowed, 0.0, lowest)
+    scores = scores_of(q, k, scale) + torch.where(allowed, 0.0, lowest).to(q.dtype)
     return torch.max(scores, torch.tensor(lowest)).softmax(-1) @ v
 
 

@@ -107,7 +107,7 @@ def log_space(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) ->
 
 def logsumexp_unsqueezed(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
     k, v = repeat(q, k, v)
-    scores = scores_of(q, k, scale) + torch.where(allowed, 0.0, NEG_INF)
+    scores = scores_of(q, k, scale) + torch.where(allowed, 0.0, NEG_INF).to(q.dtype)
     return torch.exp(scores - scores.logsumexp(-1).unsqueeze(-1)) @ v
 
 

@@ -169,16 +169,6 @@ def head_loop_joined(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: fl
     return torch.cat(outs, dim=-1).squeeze(1).unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
 
 
-def vmapped(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """One head, mapped over all of them."""
-    k, v = repeat(q, k, v)
-
-    def head(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return (a @ b.mT * scale).masked_fill(~allowed, NEG_INF).softmax(-1) @ c
-
-    return torch.vmap(head, in_dims=1, out_dims=1)(q, k, v)
-
-
 def einops_merged(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
     k, v = (einops.repeat(x, "b k s d -> b (k g) s d", g=q.shape[1] // k.shape[1]) for x in (k, v))
     a, b, c = (einops.rearrange(x, "b h s d -> (b h) s d") for x in (q, k, v))
