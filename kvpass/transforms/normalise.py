@@ -15,6 +15,7 @@ from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.ir import Captured
+from kvpass.transforms.composites import decomposed
 from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.normalisers import respelled
@@ -40,6 +41,7 @@ def normalise(captured: Captured) -> None:
     """Rewrite the graph in place; every new node carries ``meta['val']`` and the user's line."""
     module = captured.module
     graph = module.graph
+    decomposed(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
