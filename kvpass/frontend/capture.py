@@ -14,6 +14,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import sym
+from kvpass.frontend.higher_order import expanded
 from kvpass.ir import Captured, Input, Role
 
 
@@ -33,7 +34,7 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
     seq = _sequence_symbol(fakes, constant)
-    gm, scalars = _with_numbers(gm, places, real)
+    gm, scalars = _with_numbers(expanded(gm), places, real)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad():
