@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._functorch import predispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,7 +85,7 @@ def _attention(score_of: Callable[..., Tensor], mask_of: Callable[..., Tensor]) 
 def _broadcasting(module: fx.GraphModule, scalars: int) -> Callable[..., Tensor] | None:
     """A function of that many scalars as one of tensors; None where broadcasting might change what it says."""
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
-    with FakeTensorMode():
+    with FakeTensorMode(), TransformGetItemToIndex():
         traced = make_fx(module)(*(_sample(node.meta["example_value"]) for node in places))
     varies: dict[fx.Node, bool] = {}
     for k, node in enumerate(traced.graph.nodes):
@@ -100,9 +101,13 @@ def _broadcasting(module: fx.GraphModule, scalars: int) -> Callable[..., Tensor]
 def _sample(value: Any) -> Any:
     """Something of the same shape and type, of known sizes."""
     if not isinstance(value, Tensor):
-        return value.node.hint if isinstance(value, torch.SymInt) else value
-    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
-    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+        return _known(value)
+    return torch.empty([_known(size) for size in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _known(size: Any) -> Any:
+    """A number; of a symbol the one in this call."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
 
 
 def _only_shape(node: fx.Node) -> bool:
@@ -161,5 +166,6 @@ def _harmless(node: fx.Node, held: set[fx.Node]) -> bool:
 
 def _removable(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return not str(node.target).endswith("_")
+        name = str(node.target)
+        return not name.startswith("__i") and (name.endswith("__") or not name.endswith("_"))  # `add_` and `__iadd__`
     return node.op == "get_attr" or (node.op == "call_function" and not node.is_impure() and "out" not in node.kwargs)

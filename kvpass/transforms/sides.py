@@ -214,6 +214,21 @@ def _unrepeated(analyzed: Analyzed, side: Side, factor: Callable[[fx.Node], floa
     return (_moved(analyzed, side, node, place, tuple(repeated)), scale) if found else (side, 1.0)
 
 
+def narrow(analyzed: Analyzed, side: Side) -> Side:
+    """The same operand before it was cast to float32, in which kernels sum up the products of half precision anyway."""
+    node, place = side.node, {k: k for k in _real(analyzed.fact(side.node))}
+    if analyzed.fact(node).dtype is not torch.float32:
+        return side
+    while node.target in (*LAYOUT, aten._to_copy.default):
+        before = _before(analyzed, node, place)
+        if before is None:
+            break
+        node, place = before
+        if analyzed.fact(node).dtype in (torch.bfloat16, torch.float16):
+            return _moved(analyzed, side, node, place, side.group)
+    return side
+
+
 def at_stored(analyzed: Analyzed, side: Side, stored: Callable[[fx.Node], bool]) -> Side:
     """The same operand at the stored value that it is a permutation of; as it is where there is none."""
     node, place = side.node, {k: k for k in _real(analyzed.fact(side.node))}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from kvpass.analysis.expressions import branches, implies
 from kvpass.analysis.facts import Fact, Fill, Kind, index, product
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
+from kvpass.transforms.ahead import Ahead, forward, packet
 from kvpass.transforms.heads import arranged, carried, heads_of, keys_first
 from kvpass.transforms.plan import MOVES
 from kvpass.transforms.sides import (
@@ -29,13 +28,13 @@ from kvpass.transforms.sides import (
     closed,
     emptied_by_index,
     inside,
+    narrow,
     only_fill,
     predicate,
     side_of,
     unrepeated,
     unrepeated_key,
 )
-from kvpass.transforms.sinks import sink_of
 
 aten = torch.ops.aten
 
@@ -49,65 +48,7 @@ def spelled(analyzed: Analyzed, softmax: fx.Node) -> Recognised:
     (key_atom,) = axis
     walk = _Walk(analyzed, softmax, key_atom)
     product, score = walk.back(arguments(softmax)[0], tuple(range(len(fact.atoms))))
-    return walk.match(product, score, _forward(analyzed, softmax))
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """What becomes of the weights.
-
-    Attributes:
-        out: the contraction with the values; ``weights_at``: which of its operands the weights are.
-        sink: joins the weights, or None.
-        places: for each atom of the softmax, the atom of ``out``; None where it is read whole or taken apart.
-        moved: axes were moved about on the way, so that such atoms may stand in another order.
-        zeroed: what the mask hides is set to zero afterwards, so that a row without keys is zero.
-    """
-
-    out: fx.Node
-    weights_at: int
-    sink: fx.Node | None
-    places: tuple[int | None, ...]
-    moved: bool
-    zeroed: bool
-
-
-def _forward(analyzed: Analyzed, softmax: fx.Node) -> _Ahead:
-    """Follow the weights to the contraction with the values."""
-    node, sink, moved, zeroed = softmax, None, False, False
-    places: tuple[int | None, ...] = tuple(range(len(analyzed.fact(softmax).atoms)))
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            raise NotRecognised("the weights are used more than once")
-        user = users[0]
-        step = analyzed.steps[user]
-        k = step.operands.index(node)
-        before, places = places, tuple(None if p is None else step.links[k][p] for p in places)
-        if user.target in PRODUCTS and user.target is not aten.baddbmm.default:
-            return _Ahead(user, k, sink, places, moved, zeroed)
-        if node is softmax and (sink := sink_of(analyzed, user, softmax)) is not None:
-            node, places = user, before
-            continue
-        hidden = _hides_again(analyzed, node, user)
-        if not hidden and user.target not in (aten._to_copy.default, *LAYOUT):
-            raise NotRecognised(f"the weights pass through {user.target}")
-        moved |= user.target in MOVES
-        zeroed |= hidden and _packet(user) != "mul"  # NaN times zero stays
-        node = user
-
-
-def _hides_again(analyzed: Analyzed, weights: fx.Node, user: fx.Node) -> bool:
-    """True where weights are set to zero, or multiplied by zero and one, outside of their own support only."""
-    before, after, name = analyzed.fact(weights), analyzed.fact(user), _packet(user)
-    if name == "mul":
-        factors = [analyzed.fact(x).expr for x in analyzed.steps[user].operands if x is not weights]
-        if len(factors) != 1 or factors[0] is None or not {v for v, _ in branches(factors[0])} <= {0, 1}:
-            return False
-    elif name not in ("masked_fill", "where"):
-        return False
-    same = before.atoms == after.atoms and before.fill is after.fill is Fill.ZERO
-    return same and before.support != sympy.true and implies(before.support, after.support)
+    return walk.match(product, score, forward(analyzed, softmax))
 
 
 class _Walk:
@@ -128,9 +69,9 @@ class _Walk:
         if node.target in PRODUCTS:
             self.scores_from = at
             return node, self.biased(node, step, at) if node.target is aten.baddbmm.default else SCORE
-        handler = _POINTWISE.get(_packet(node))
+        handler = _POINTWISE.get(packet(node))
         self.moved |= node.target in MOVES
-        if node.target in LAYOUT or _packet(node) == "_to_copy":
+        if node.target in LAYOUT or packet(node) == "_to_copy":
             return self.back(step.operands[0], _compose(step, 0, at))
         if handler is None:
             raise NotRecognised(f"the scores come from {node.target}")
@@ -221,10 +162,12 @@ class _Walk:
         self.loads.append(load)
         return load.name
 
-    def match(self, product: fx.Node, score: Any, ahead: _Ahead) -> Recognised:
+    def match(self, product: fx.Node, score: Any, ahead: Ahead) -> Recognised:
         q, k = self._query_and_key(product)
         value, result = self._value(ahead)
+        q, k = self._narrowed(q, k, self.analyzed.fact(value.node).dtype)
         key, scale = unrepeated_key(self.analyzed, k)
+        q, key = self._narrowed(q, key, self.analyzed.fact(value.node).dtype)
         parts = Parts(self.analyzed, ahead.out, q, key, unrepeated(self.analyzed, value), result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
@@ -233,6 +176,11 @@ class _Walk:
         name = None if ahead.sink is None else self.sink(ahead.sink)
         empty_is_nan = strict and not always_keeps_a_key(support)
         return parts.finish(scale, inside(score, support), support, self.loads, dtype, empty_is_nan, name)
+
+    def _narrowed(self, query: Side, key: Side, dtype: torch.dtype) -> tuple[Side, Side]:
+        """Queries and keys as they were before both were cast up from the type of the values."""
+        sides = narrow(self.analyzed, query), narrow(self.analyzed, key)
+        return sides if all(self.analyzed.fact(side.node).dtype is dtype for side in sides) else (query, key)
 
     def _query_and_key(self, product: fx.Node) -> tuple[Side, Side]:
         step = self.analyzed.steps[product]
@@ -267,7 +215,7 @@ class _Walk:
         heads = arranged(heads_of(fact, depth), step.links[k], self.order)
         return side_of(step.operands[k], fact, row, depth, heads)
 
-    def _value(self, ahead: _Ahead) -> tuple[Side, Side]:
+    def _value(self, ahead: Ahead) -> tuple[Side, Side]:
         out, other = ahead.out, 1 - ahead.weights_at
         step, result = self.analyzed.steps[out], self.analyzed.fact(out)
         node = step.operands[other]
@@ -306,11 +254,6 @@ def _own_axes(node: fx.Node, step: Step, fact: Fact, k: int) -> list[int]:
     return [a for axis, n in enumerate(specs[k]) if n in out and n not in specs[1 - k] for a in fact.flat(axis)]
 
 
-def _packet(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", node.target))
-
-
 def _compose(step: Step, k: int, at: tuple[int | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if link is None else at[link] for link in step.links[k])
 
@@ -323,7 +266,7 @@ def _number(arg: Any) -> Any:
 
 def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
     """Multiplication and division by a number or by a tensor of the score's indices."""
-    divide = _packet(node) in ("div", "true_divide")
+    divide = packet(node) in ("div", "true_divide")
     if len(step.operands) == 1:
         if arguments(node)[0] is not step.operands[0] and divide:
             raise NotRecognised("a number divided by the scores")
@@ -339,7 +282,7 @@ def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
 
 
 def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
-    sign = -1 if _packet(node) == "sub" else 1
+    sign = -1 if packet(node) == "sub" else 1
     if node.kwargs.get("alpha", 1) != 1:
         raise NotRecognised("a sum with alpha")
     if len(step.operands) == 1:
@@ -382,7 +325,7 @@ def _unary(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
     product, score = walk.into(step, 0, at)
     if walk.analyzed.fact(step.operands[0]).fill is not None:
         raise NotRecognised(f"{node.target} after the mask")
-    return product, {"tanh": sympy.tanh, "neg": lambda x: -x}[_packet(node)](score)
+    return product, {"tanh": sympy.tanh, "neg": lambda x: -x}[packet(node)](score)
 
 
 _POINTWISE: dict[str, Callable[..., tuple[fx.Node, Any]]] = {
