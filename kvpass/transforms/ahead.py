@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from kvpass.analysis.expressions import branches, implies
-from kvpass.analysis.facts import Fill
-from kvpass.analysis.sweep import Analyzed
+from kvpass.analysis.expressions import boolean, branches, implies
+from kvpass.analysis.facts import Fill, index
+from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.transforms.plan import MOVES
 from kvpass.transforms.sides import LAYOUT, PRODUCTS, NotRecognised
 from kvpass.transforms.sinks import sink_of
@@ -28,6 +29,7 @@ class Ahead:
         places: for each atom of the softmax, the atom of ``out``; None where it is read whole or taken apart.
         moved: axes were moved about on the way, so that such atoms may stand in another order.
         zeroed: what the mask hides is set to zero afterwards, so that a row without keys is zero.
+        unsure: perhaps not all of it is.
     """
 
     out: fx.Node
@@ -36,11 +38,12 @@ class Ahead:
     places: tuple[int | None, ...]
     moved: bool
     zeroed: bool
+    unsure: bool
 
 
 def forward(analyzed: Analyzed, softmax: fx.Node) -> Ahead:
     """Follow the weights to the contraction with the values."""
-    node, sink, moved, zeroed = softmax, None, False, False
+    node, sink, moved, zeroed, unsure = softmax, None, False, False, False
     places: tuple[int | None, ...] = tuple(range(len(analyzed.fact(softmax).atoms)))
     while True:
         users = list(node.users)
@@ -49,17 +52,20 @@ def forward(analyzed: Analyzed, softmax: fx.Node) -> Ahead:
         user = users[0]
         step = analyzed.steps[user]
         k = step.operands.index(node)
-        before, places = places, tuple(None if p is None else step.links[k][p] for p in places)
+        places = tuple(None if p is None else step.links[k][p] for p in places)
         if user.target in PRODUCTS and user.target is not aten.baddbmm.default:
-            return Ahead(user, k, sink, places, moved, zeroed)
+            return Ahead(user, k, sink, places, moved, zeroed, unsure)
         if node is softmax and (sink := sink_of(analyzed, user, softmax)) is not None:
-            node, places = user, before
+            node = user
             continue
         hidden = _hides_again(analyzed, node, user)
         if not hidden and user.target not in (aten._to_copy.default, *LAYOUT):
             raise NotRecognised(f"the weights pass through {user.target}")
         moved |= user.target in MOVES
-        zeroed |= hidden and packet(user) != "mul"  # NaN times zero stays
+        if hidden and packet(user) != "mul":  # NaN times zero stays
+            kept = _kept(analyzed, node, user)
+            zeroed |= kept is not None and implies(kept, analyzed.fact(node).support)
+            unsure |= not zeroed
         node = user
 
 
@@ -74,6 +80,17 @@ def _hides_again(analyzed: Analyzed, weights: fx.Node, user: fx.Node) -> bool:
         return False
     same = before.atoms == after.atoms and before.fill is after.fill is Fill.ZERO
     return same and before.support != sympy.true and implies(before.support, after.support)
+
+
+def _kept(analyzed: Analyzed, weights: fx.Node, user: fx.Node) -> Any:
+    """Where `masked_fill` and `where` keep the weights, over the atoms of the result; None where it has no form."""
+    args, step = arguments(user), analyzed.steps[user]
+    condition = args[1] if packet(user) == "masked_fill" else args[0]
+    value, links = analyzed.fact(condition).expr, step.links[step.operands.index(condition)]
+    if value is None or None in links:
+        return None
+    value = boolean(value.xreplace({index(k): index(place or 0) for k, place in enumerate(links)}))
+    return value if packet(user) == "where" and args[1] is weights else sympy.Not(value)
 
 
 def packet(node: fx.Node) -> str:

@@ -175,6 +175,8 @@ class _Walk:
         dtype = self.softmax.meta["val"].dtype
         name = None if ahead.sink is None else self.sink(ahead.sink)
         empty_is_nan = strict and not always_keeps_a_key(support)
+        if empty_is_nan and ahead.unsure:
+            raise NotRecognised("a row without keys that is partly set to zero")
         return parts.finish(scale, inside(score, support), support, self.loads, dtype, empty_is_nan, name)
 
     def _narrowed(self, query: Side, key: Side, dtype: torch.dtype) -> tuple[Side, Side]:
