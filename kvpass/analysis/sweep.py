@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -76,14 +77,22 @@ def dim_of(node: fx.Node, place: int) -> int:
 
 
 def source_of(node: fx.Node) -> str:
-    """The user's innermost line, ``file:line in function: code``."""
+    """The user's innermost line, ``file:line in function: code``; one of PyTorch's own where there is no other."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    found = ""
     for k in range(len(lines) - 1, -1, -1):
         if lines[k].startswith("File "):
             file, line, *where = [part.strip() for part in lines[k][5:].split(",")]
             code = f": {lines[k + 1]}" if k + 1 < len(lines) else ""
-            return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(where)}{code}"
-    return ""
+            path = file.strip('"')
+            told = f"{path}:{line.removeprefix('line ')} {' '.join(where)}{code}"
+            if not path.startswith(_TORCH):
+                return told
+            found = found or told
+    return found
+
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
