@@ -61,10 +61,10 @@ class Multihead(Model):
 class Encoder(Model):
     """`is_causal` is said: where it is not, PyTorch looks into the mask, which splits the graph."""
 
-    def __init__(self, kind: str, *, batch_first: bool = True, hint: bool = False, **kwargs: Any) -> None:
+    def __init__(self, kind: str, *, batch_first: bool = True, hint: bool | None = False, **kwargs: Any) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(SIZE, HEADS, 24, batch_first=batch_first, **kwargs)
-        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(SIZE))
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(SIZE), enable_nested_tensor=False)
         self.kind, self.batch_first, self.hint = kind, batch_first, hint
         for k, weight in enumerate(self.encoder.parameters()):  # the layers are copies of one
             nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(k))
@@ -134,6 +134,26 @@ class Flex(Model):
 
     def biased(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i >= j, score + self.slopes[h] * (j - i), NEG_INF)
+
+
+class Documents(Model):
+    """Texts that end with token 0 and do not see each other: the mask function reads a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(SIZE, 3 * SIZE)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        (b, s), x = ids.shape, self.embed(ids)
+        text = (ids == 0).cumsum(1)
+        q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+
+        def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (text[b, i] == text[b, j]) & (j <= i)
+
+        mask = create_block_mask(same, b, None, s, s, device=str(ids.device))
+        y = flex_attention(q, k, v, block_mask=mask)
+        return self.head(x + y.transpose(1, 2).reshape(b, s, SIZE))
 
 
 # --- where queries, keys and values come from ------------------------------------------------------------------------
@@ -215,6 +235,57 @@ class Scores(Model):
         return (weights @ v).transpose(1, 2).reshape(b, s, SIZE)
 
 
+class Padded(Model):
+    """`model(ids, keep)`: rows that see no key are NaN, or zero where what is hidden is set to zero again."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.qkv, self.how = nn.Linear(SIZE, 3 * SIZE), how
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        (b, s), x = ids.shape, self.embed(ids)
+        q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        index = torch.arange(s)
+        causal = index <= index[:, None]
+        y = self.attend(q @ k.mT * 0.3, v, causal & keep[:, None, None, :].bool(), causal)
+        return self.head(y.transpose(1, 2).reshape(b, s, SIZE))
+
+    def attend(self, scores: Tensor, v: Tensor, seen: Tensor, causal: Tensor) -> Tensor:
+        weights = torch.exp(scores) * seen
+        if self.how == "last":
+            return (weights @ v) / weights.sum(-1, keepdim=True)
+        if self.how == "first":
+            return (weights / weights.sum(-1, keepdim=True)) @ v
+        weights = scores.masked_fill(~seen, NEG_INF).softmax(-1)
+        hidden = causal if self.how == "weaker" else seen
+        return (weights * seen if self.how == "product" else weights.masked_fill(~hidden, 0.0)) @ v
+
+
+class Blocks(Model):
+    """Blocks of queries in a Python loop; `outside`: a block mask that was made before the call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.qkv, self.how = nn.Linear(SIZE, 3 * SIZE), how
+        self.made: Any = None
+
+    def mix(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        if self.how == "outside":
+            return flex_attention(q, k, v, block_mask=self.made).transpose(1, 2).reshape(b, s, SIZE)
+        index, outs = torch.arange(s), []
+        blocks = q.chunk(2, 2) if self.how == "chunk" else [q[:, :, at : at + 4] for at in range(0, s, 4)]
+        rows = index.chunk(2) if self.how == "chunk" else [index[at : at + 4] for at in range(0, s, 4)]
+        for block, row in zip(blocks, rows, strict=True):
+            outs.append((block @ k.mT).masked_fill(index > row[:, None], NEG_INF).softmax(-1) @ v)
+        return torch.cat(outs, 2).transpose(1, 2).reshape(b, s, SIZE)
+
+
+def causal_block_mask(rows: int) -> Any:
+    return create_block_mask(lambda b, h, i, j: j <= i, None, None, rows, rows, device="cpu")
+
+
 @dataclass(frozen=True)
 class Module:
     """A model, how many attentions it has, and its type."""
@@ -245,6 +316,7 @@ MODULES: dict[str, Module] = {
     "decoder_norm_first": Module(lambda: Decoder("bool", norm_first=True), 4, memory=True),
     "flex_score": Module(lambda: Flex("score")),
     "flex_block_mask": Module(lambda: Flex("window", kv_heads=1)),
+    "flex_documents": Module(Documents),
     "joined_addmm": Module(lambda: Joined("addmm")),
     "joined_by_head": Module(lambda: Joined("by_head")),
     "joined_interleaved": Module(lambda: Joined("interleaved")),
@@ -255,3 +327,14 @@ MODULES: dict[str, Module] = {
     "temperature_of_heads": Module(lambda: Scores("each")),
     "upcast": Module(lambda: Scores("upcast"), dtype=torch.bfloat16),
 }
+
+PADDED: dict[str, bool] = {"first": True, "last": True, "filled": True, "product": True, "weaker": False}
+"""Ways of `Padded`, and whether it is lowered."""
+
+REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
+    "encoder_that_looks_into_its_mask": (lambda: Encoder("bool", hint=None), "KV104"),
+    "blocks_in_a_loop": (lambda: Blocks("range"), "KV101"),
+    "blocks_by_chunk": (lambda: Blocks("chunk"), "KV201"),
+    "block_mask_from_outside": (lambda: Blocks("outside"), "KV101"),
+}
+"""Models that run as they are written, and the code of the reason."""
