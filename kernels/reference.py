@@ -92,6 +92,9 @@ def attention(
         )
     new = query.shape[2]
     grouped = _unflatten(query, 1, (spec.kv_heads, spec.group)).flatten(2, 3)  # [B, K, G * N, D]
+    if spec.softmax_dtype is not None:  # a score of half precision may have lost what the softmax needs
+        wide = torch.promote_types(query.dtype, spec.softmax_dtype)
+        grouped, key = grouped.to(wide), key.to(wide)
     scores = _unflatten(grouped @ key.mT, 2, (spec.group, new)).flatten(1, 2)  # [B, H, N, S]
     if spec.scale != 1.0:
         scores = scores * spec.scale

@@ -15,7 +15,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, substitute
+from kvpass.analysis.expressions import Value, substitute, tidy
 from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, index
 from kvpass.analysis.laws import Laws
 
@@ -360,7 +360,7 @@ class Scope:
             context=parts.context,
             sequence=parts.sequence,
             together=parts.together,
-            expr=None if parts.expr is None else settle(parts.expr),
+            expr=None if parts.expr is None else tidy(settle(parts.expr)),
             support=settle(parts.support),
             fill=parts.fill,
             valid=settle(parts.valid),

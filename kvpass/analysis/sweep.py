@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -16,7 +18,7 @@ import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis import laws
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
+from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope
@@ -82,18 +84,26 @@ def dim_of(node: fx.Node, place: int) -> int:
 
 
 def source_of(node: fx.Node) -> str:
-    """The user's innermost line, ``file:line in function: code``."""
+    """The user's innermost line, ``file:line in function: code``; one of PyTorch's own where there is no other."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    found = ""
     for k in range(len(lines) - 1, -1, -1):
         if lines[k].startswith("File "):
             file, line, *where = [part.strip() for part in lines[k][5:].split(",")]
             code = f": {lines[k + 1]}" if k + 1 < len(lines) else ""
-            return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(where)}{code}"
-    return ""
+            path = file.strip('"')
+            told = f"{path}:{line.removeprefix('line ')} {' '.join(where)}{code}"
+            if not path.startswith(_TORCH):
+                return told
+            found = found or told
+    return found
 
 
-def analyze(captured: Captured) -> Analyzed:
-    """Facts for every value.
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
+    """Facts for every value, or for one and what it is computed from.
 
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
@@ -101,7 +111,7 @@ def analyze(captured: Captured) -> Analyzed:
     axes = Axes(captured.seq, captured.batch, captured.lead)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
-    for node in captured.module.graph.nodes:
+    for node in captured.module.graph.nodes if upto is None else _ancestry(upto):
         try:
             step = _step(node, steps, captured, inputs, axes)
         except errors.Refusal as refusal:
@@ -109,6 +119,16 @@ def analyze(captured: Captured) -> Analyzed:
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps)
+
+
+def _ancestry(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, in the order of the graph."""
+    found, todo = {node}, [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return sorted(found)
 
 
 def _step(
@@ -120,7 +140,7 @@ def _step(
             return None
         return Step((_input_fact(node, given, captured),))
     if node.op == "get_attr":
-        return Step((_constant_fact(node, attribute(captured.module, str(node.target))),))
+        return Step((_lifted_fact(node, attribute(captured.module, str(node.target))),))
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
@@ -157,6 +177,14 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
     return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch, captured.lead))
+
+
+def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
+    """A tensor that the model's code wrote down; a single number is that number."""
+    fact = _constant_fact(node, tensor)
+    if tensor.numel() != 1 or tensor.is_complex():
+        return fact
+    return fact.with_expr(constant(tensor.item()))
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:

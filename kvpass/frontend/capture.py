@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.frontend.higher_order import expanded
 from kvpass.ir import Captured, Input, Role
 
 
@@ -41,7 +42,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
     growing = _sequence_symbols(fakes, constant, _answered(gm))
-    gm, scalars = _with_numbers(gm, places, real)
+    gm, scalars = _with_numbers(expanded(gm), places, real)
     module = _exported(gm, fakes)
     refused: list[errors.Refusal] = []
     for seq in growing:

@@ -97,7 +97,10 @@ def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.No
     if kernel is None:
         return None
     keys = _rows(b, match.key, key)
-    reads = [_load(b, load, read.axes) for load, read in zip(match.loads, match.spec.reads, strict=True)]
+    reads = [
+        _per_head(b, match, load, _load(b, load, read.axes))
+        for load, read in zip(match.loads, match.spec.reads, strict=True)
+    ]
     count = _lengths(b, b.analyzed.fact(match.key.node), _all(b, match.key), match.key.row)
     return b.call(kernel, query, keys, _rows(b, match.value, value), start, count, reads)
 
@@ -157,7 +160,7 @@ def _referred(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.N
     key = _canonical(b, match.key, _all(b, match.key))
     value = _canonical(b, match.value, _all(b, match.value))
     mask = _visible(b, match, start)
-    inside = [load for load in match.loads if load.axes]
+    inside = [load for load in match.loads if load.axes is not None]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
     return b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
 
@@ -167,7 +170,7 @@ def _visible(b: Builder, match: Recognised, start: Any) -> fx.Node | None:
     support = match.spec.support
     if support == sympy.true:
         return None
-    leaves = [load for load in match.loads if not load.axes]
+    leaves = [load for load in match.loads if load.axes is None]
     queries, keys = (
         _lengths(b, b.analyzed.fact(side.node), _all(b, side), side.row) for side in (match.query, match.key)
     )
@@ -234,13 +237,20 @@ def _restored(b: Builder, side: Side, made: fx.Node) -> fx.Node:
     return b.call(aten.reshape.default, made, b.sizes(fact, NEW))
 
 
+def _per_head(b: Builder, match: Recognised, load: Load, made: fx.Node) -> fx.Node:
+    """A single number, as one for each head."""
+    if load.axes is None or any(atom.size != 1 for atom in b.analyzed.fact(load.node).atoms):
+        return made
+    return b.call(aten.expand.default, made, [match.spec.heads])
+
+
 def _load(b: Builder, load: Load, axes: str = "bhij") -> fx.Node:
     """A tensor of the score, broadcastable to ``[B, H, N, S]``; a leaf of the support, as it is, over all rows.
 
     ``axes``: those of a tensor of the score that are kept; the others have size one.
     """
     fact = b.analyzed.fact(load.node)
-    if not load.axes:
+    if load.axes is None:
         demand = frozenset(fact.wide)
         built = b.build(load.node, demand)
         if len(fact.dims) == fact.real:

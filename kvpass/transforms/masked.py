@@ -1,6 +1,6 @@
-"""Writes where a mask says: of one value, and of the rows of a table in their order.
+"""Writes where a mask says, of the rows of a table in their order.
 
-``x[mask] = value`` is ``where``. ``masked_scatter(x, mask, source)`` writes the k-th row of ``source`` where the mask
+``masked_scatter(x, mask, source)`` writes the k-th row of ``source`` where the mask
 holds for the k-th time: row ``i`` is the row of ``source`` at the number of rows before it at which the mask holds.
 ATen counts through the whole batch, so the first row of a sequence is the number of rows that the sequences before it
 fill; where that cannot be known from a sequence alone, the proof finds it in the sum over the batch.
@@ -20,33 +20,16 @@ aten = torch.ops.aten
 _SAME_ROWS = (aten.expand.default, aten.unsqueeze.default, aten.clone.default, aten.alias.default)
 
 
-def chosen(graph: fx.Graph) -> None:
-    """Rewrite every write that a boolean mask of known shape rules."""
+def in_order(graph: fx.Graph) -> None:
+    """Rewrite every ``masked_scatter`` into whole rows."""
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.target is not aten.masked_scatter.default:
             continue
-        made = None
         with graph.inserting_before(node):
-            if node.target is aten.index_put.default:
-                made = _one_value(graph, node)
-            elif node.target is aten.masked_scatter.default:
-                made = _in_order(graph, node)
+            made = _in_order(graph, node)
         if made is not None:
             node.replace_all_uses_with(made)
             graph.erase_node(node)
-
-
-def _one_value(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    x, indices, value, *accumulate = arguments(node)
-    mask = indices[0]
-    if len(indices) != 1 or mask.meta["val"].dtype is not torch.bool or any(accumulate):
-        return None
-    if any(size != 1 for size in value.meta["val"].shape) or value.meta["val"].dtype != x.meta["val"].dtype:
-        return None
-    scalar = call(graph, node, aten.reshape.default, value, [])
-    for _ in range(x.meta["val"].dim() - mask.meta["val"].dim()):
-        mask = call(graph, node, aten.unsqueeze.default, mask, -1)
-    return call(graph, node, aten.where.self, mask, scalar, x)
 
 
 def _in_order(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -16,6 +16,7 @@ from torch import fx
 from kvpass.analysis.facts import Fact, Fill, Kind
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
+from kvpass.transforms.heads import heads_of, keys_first
 from kvpass.transforms.sides import (
     Load,
     NotRecognised,
@@ -28,6 +29,7 @@ from kvpass.transforms.sides import (
     predicate,
     side_of,
     unrepeated,
+    unrepeated_key,
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
@@ -64,9 +66,13 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if args.get("dropout_p"):
         raise NotRecognised("dropout inside attention")
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
-    key = unrepeated(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
+    key, factor = unrepeated_key(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
     value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
-    result = side_of(node, analyzed.fact(node), analyzed.fact(node).flat(-2), analyzed.fact(node).flat(-1))
+    out = analyzed.fact(node)
+    result = side_of(node, out, out.flat(-2), out.flat(-1))
+    heads = heads_of(out, result.depth)
+    if keys_first(heads, set(analyzed.steps[node].links[1])) != heads and not args.get("enable_gqa"):
+        raise NotRecognised("the heads of the keys do not come first")
     scale = args.get("scale")
     size = count(q, query.depth)
     if isinstance(scale, fx.Node):
@@ -78,7 +84,7 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if mask is not None:
         support, score = _mask(analyzed, node, mask, support, loads)
     parts = Parts(analyzed, node, query, key, value, result)
-    return parts.finish(float(scale) if scale is not None else size**-0.5, score, support, loads)
+    return parts.finish(factor * (float(scale) if scale is not None else size**-0.5), score, support, loads)
 
 
 def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load]) -> tuple[Any, Any]:
@@ -108,6 +114,7 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
 
 def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
+    heads = tuple(heads_of(out, out.flat(-1)))
     letters: list[str] = []
     for k, dim in enumerate(fact.dims):
         place = k - len(fact.dims)
@@ -118,7 +125,8 @@ def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
                 letters.append("i")
             else:
                 letters.append("b" if atom.kind is Kind.BATCH else "h")
-    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts:
+    mine = count(fact, tuple(k for k, x in enumerate(letters) if x == "h"))
+    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or mine not in (1, count(out, heads)):
         raise NotRecognised(f"a mask of axes {fact}")
     return tuple(letters)
 

@@ -11,8 +11,6 @@ ATen's safe softmax.
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
@@ -46,7 +44,7 @@ def sink_of(analyzed: Analyzed, product: fx.Node, softmax: fx.Node) -> fx.Node |
 
 
 def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
-    joined = _before_shift(*arguments(softmax)[:2])
+    joined = arguments(softmax)[0]
     if joined.target not in (aten.cat.default, aten.concat.default) or len(arguments(joined)[0]) != 2:
         return
     value = softmax.meta["val"]
@@ -79,23 +77,6 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
         cut.replace_all_uses_with(made)
         graph.erase_node(cut)
     graph.erase_node(softmax)
-
-
-def _before_shift(x: fx.Node, axis: int) -> fx.Node:
-    """What the maximum along the axis was taken from, which a softmax does not notice."""
-    if x.target is not aten.sub.Tensor or len(arguments(x)) != 2 or x.kwargs:
-        return x
-    whole, top = arguments(x)
-    if not isinstance(top, fx.Node):
-        return x
-    if top.target is operator.getitem and arguments(top)[1] == 0:
-        top = arguments(top)[0]
-    if top.target not in (aten.max.dim, aten.amax.default) or arguments(top)[0] is not whole:
-        return x
-    rank = whole.meta["val"].dim()
-    axes = arguments(top)[1] if isinstance(arguments(top)[1], (list, tuple)) else [arguments(top)[1]]
-    kept = len(arguments(top)) > 2 and arguments(top)[2]
-    return whole if kept and [a % rank for a in axes] == [axis % rank] else x
 
 
 def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """Writes into parts of a tensor, as functional graphs spell them: joins of what is old and what is new.
 
 ``x[..., a:b] = y`` arrives as ``slice_scatter(x, copy(x[..., a:b], y), a, b)``, which is
-``cat([x[..., :a], y, x[..., b:]])``. A tensor of which every part is written is joined from what was written alone: how
-it was made, uninitialised perhaps, is forgotten.
+``cat([x[..., :a], y, x[..., b:]])``, and ``x[mask] = 0`` is ``where(mask, 0, x)``. A tensor of which every part is
+written is joined from what was written alone: how it was made, uninitialised perhaps, is forgotten.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def joined(graph: fx.Graph) -> None:
             node.target = aten.copy.default
         if node.target is aten.copy.default:
             _copy(graph, node)
+        elif node.target is aten.index_put.default:
+            _chosen(graph, node)
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
             _scatter(graph, node)
     for node in list(graph.nodes):
@@ -51,6 +53,27 @@ def _copy(graph: fx.Graph, node: fx.Node) -> None:
         with graph.inserting_before(node):
             made = call(graph, node, aten._to_copy.default, made, dtype=old.dtype)
     _replace(graph, node, made)
+
+
+def _chosen(graph: fx.Graph, node: fx.Node) -> None:
+    """``x[.., mask] = number`` is a choice between the two."""
+    x, indices, value, *accumulate = arguments(node)
+    masks = [k for k, i in enumerate(indices) if i is not None]
+    if len(masks) != 1 or any(accumulate) or node.kwargs or not _is_number(value):
+        return
+    (at,) = masks
+    mask = indices[at]
+    if mask.meta["val"].dtype is not torch.bool or value.meta["val"].dtype != x.meta["val"].dtype:
+        return
+    with graph.inserting_before(node):
+        for _ in range(x.meta["val"].dim() - at - mask.meta["val"].dim()):
+            mask = call(graph, node, aten.unsqueeze.default, mask, -1)
+        made = call(graph, node, aten.where.self, mask, call(graph, node, aten.reshape.default, value, []), x)
+    _replace(graph, node, made)
+
+
+def _is_number(value: fx.Node) -> bool:
+    return all(size == 1 for size in value.meta["val"].shape)
 
 
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:
