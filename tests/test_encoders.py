@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kvpass
 from kvpass.frontend.api import recording
 from kvpass.frontend.backend import Record
 from kvpass.runtime.keys import Keys
 from tests.encoders import T5, Bart, Mixing, Placeholders, Prefix, Whisper
-from tests.encoders.models import PLACEHOLDER, VOCAB
+from tests.encoders.models import PLACEHOLDER, VOCAB, split
 from tests.property.oracle import Mismatch, compare
 from tests.zoo.encoders import not_hoisted
 
@@ -49,6 +50,14 @@ def history(encoded: Callable[..., Call]) -> Iterator[Call]:
     yield *encoded(10), texts(10, seed=5)
 
 
+def hidden() -> Iterator[Call]:
+    """The second text is not there at all: a finite mask makes a mean of it, and a bool mask nothing."""
+    tokens, kept = read(8)
+    kept[1] = 0
+    for rows in (6, 7, 11):
+        yield tokens, kept, texts(rows)
+
+
 def run(model: nn.Module, calls: Iterator[Call], **options: Any) -> tuple[list[Record], kvpass.Cache]:
     """Compare compiled and plain answers.
 
@@ -83,6 +92,31 @@ def test_encoder_and_decoder(model: Callable[[], nn.Module], encoded: Callable[.
     assert all(entry.lowering.startswith("C++") for entry in kvpass.Report.of(records).attention)
     assert len(kvpass.Report.of(records[-1:]).attention) >= 3
     assert cache.stats().rows_reused >= 40
+
+
+@pytest.mark.parametrize("model", [T5, Bart])
+def test_encoder_that_reads_nothing(model: Callable[[], nn.Module]) -> None:
+    records, _ = run(made(model), hidden(), verify=False)
+    assert [str(r.refusal) for r in records if r.refusal is not None] == []
+
+
+class Shared(nn.Module):
+    """Keys and values that all sequences share: of weights, and of a context without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.kept = nn.Embedding(VOCAB, 16), nn.Parameter(torch.randn(1, 2, 5, 8))
+
+    def forward(self, given: Tensor, ids: Tensor) -> Tensor:
+        x = split(self.embed(ids))
+        y = sdpa(x, x, x, is_causal=True) + sdpa(x, self.kept, self.kept)
+        return y + sdpa(x, given.expand(1, 2, -1, -1), given.expand(1, 2, -1, -1))
+
+
+def test_keys_that_all_sequences_share() -> None:
+    given = torch.randn(7, 8, generator=torch.Generator().manual_seed(6))
+    records, _ = run(made(Shared), ((given, texts(rows, 3)) for rows in (5, 6, 9)), verify=False)
+    assert [str(r.refusal) for r in records if r.refusal is not None] == []
 
 
 def test_rows_of_a_mixing_encoder_are_known_by_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,20 +96,29 @@ def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.No
     kernel = b.lower(match.spec, match.out.meta["val"].device, key, value)
     if kernel is None:
         return None
-    keys = _rows(b, match.key, key)
+    keys = _rows(b, match.key, match.query, key)
     reads = [
         _per_head(b, match, load, _load(b, load, read.axes))
         for load, read in zip(match.loads, match.spec.reads, strict=True)
     ]
     count = _lengths(b, b.analyzed.fact(match.key.node), _all(b, match.key), match.key.row)
-    return b.call(kernel, query, keys, _rows(b, match.value, value), start, count, reads)
+    return b.call(kernel, query, keys, _rows(b, match.value, match.query, value), start, count, reads)
 
 
-def _rows(b: Builder, side: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
+def _for_each(b: Builder, side: Side, queries: Side) -> fx.Node:
+    """All keys or values as ``[B, K, S, D]``; those that all sequences share, for each of them."""
+    made = _canonical(b, side, _all(b, side))
+    if side.batch or not queries.batch:
+        return made
+    sizes = [_lengths(b, b.analyzed.fact(queries.node), NEW, queries.batch), -1, -1, -1]
+    return b.call(aten.expand.default, made, sizes)
+
+
+def _rows(b: Builder, side: Side, queries: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
     """The pool, its table and its run, or one tensor ``[B, K, S, D]``."""
     slot = b.plan.slot_of(side.node)
     if layout is None or slot is None:
-        return (_canonical(b, side, _all(b, side)),)
+        return (_for_each(b, side, queries),)
     pool, (_, table, run, _) = b.pool(slot), b.slot_inputs[slot.name]
     return pool, table, run
 
@@ -157,8 +166,7 @@ def _dense(fact: Fact, strides: dict[int, int], atoms: list[int], first: int) ->
 
 def _referred(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node:
     """By the reference, on keys and values that are gathered from the pages."""
-    key = _canonical(b, match.key, _all(b, match.key))
-    value = _canonical(b, match.value, _all(b, match.value))
+    key, value = (_for_each(b, side, match.query) for side in (match.key, match.value))
     mask = _visible(b, match, start)
     inside = [load for load in match.loads if load.axes is not None]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)

@@ -25,6 +25,7 @@ from kvpass.transforms.sides import (
     closed,
     count,
     emptied_by_index,
+    hides_all,
     only_fill,
     predicate,
     side_of,
@@ -46,11 +47,14 @@ def recognise(analyzed: Analyzed) -> tuple[dict[fx.Node, Recognised], dict[fx.No
         try:
             if node.target is aten.scaled_dot_product_attention.default:
                 found[node] = _sdpa(analyzed, node)
-            elif node.target in (*SOFTMAX, aten._safe_softmax.default) and _over_rows(node, step):
+            elif node.target in (*SOFTMAX, aten._safe_softmax.default) and (
+                step.fact.context or _over_rows(node, step)
+            ):
                 match = spelled(analyzed, node)
                 found[match.out] = match
         except NotRecognised as reason:
-            missed[node] = str(reason)
+            if node.target is aten.scaled_dot_product_attention.default or _over_rows(node, step):
+                missed[node] = str(reason)  # what chooses among experts by the context is no attention
     return found, missed
 
 
@@ -70,7 +74,7 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
     out = analyzed.fact(node)
     result = side_of(node, out, out.flat(-2), out.flat(-1))
-    heads = heads_of(out, result.depth)
+    heads = heads_of(out, (*result.row, *result.depth))
     if keys_first(heads, set(analyzed.steps[node].links[1])) != heads and not args.get("enable_gqa"):
         raise NotRecognised("the heads of the keys do not come first")
     scale = args.get("scale")
@@ -82,12 +86,15 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     loads: list[Load] = []
     mask = args.get("attn_mask")
     if mask is not None:
-        support, score = _mask(analyzed, node, mask, support, loads)
+        of_context = all(analyzed.fact(key.node).atoms[x].kind is Kind.FREE for x in key.row)
+        support, score = _mask(analyzed, node, mask, support, loads, of_context)
     parts = Parts(analyzed, node, query, key, value, result)
     return parts.finish(factor * (float(scale) if scale is not None else size**-0.5), score, support, loads)
 
 
-def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load]) -> tuple[Any, Any]:
+def _mask(
+    analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load], of_context: bool
+) -> tuple[Any, Any]:
     """A mask argument as support, or as a load that is added to the score."""
     fact = analyzed.fact(mask)
     letters = _letters(fact, analyzed.fact(node), node)
@@ -95,12 +102,15 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
         return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
     added: Any = sympy.Integer(0)
     kept, fill = sympy.true, fact.fill
-    if (known := only_fill(fact)) is not None:
+    numbers = hides_all(fact) and of_context
+    if (known := only_fill(fact)) is not None and not numbers:
         kept = predicate(analyzed, known, letters, loads)
-    elif (value := closed(fact, letters)) is not None:
+    elif (value := closed(fact, letters)) is not None and not numbers:
         added, kept, fill = without_fill(value)
     else:
-        if fill in (Fill.NEG_INF, Fill.NEG):  # it stands in the load as well, so a row that it empties may keep it
+        if (
+            fill in (Fill.NEG_INF, Fill.NEG) and not numbers
+        ):  # it stands in the load as well, so a row that it empties may keep it
             inside = predicate(analyzed, fact.support, letters, loads)
             kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside) else kept
         load = Load(f"load_{mask.name}", mask, letters)
@@ -114,7 +124,7 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
 
 def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
-    heads = tuple(heads_of(out, out.flat(-1)))
+    heads = tuple(heads_of(out, (*out.flat(-2), *out.flat(-1))))
     letters: list[str] = []
     for k, dim in enumerate(fact.dims):
         place = k - len(fact.dims)

@@ -93,6 +93,15 @@ _LONGEST = 40  # ops of a closed form that is cheaper to compute for each score 
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
+def hides_all(fact: Fact) -> bool:
+    """True of a finite fill by which the contents of a context may hide all its keys: what is then a mean over all of
+    them is an answer like any other, so that the mask stays what it is, numbers.
+
+    (Of rows that see no row the answer has no meaning: `Fact.valid`.)
+    """
+    return fact.fill is Fill.NEG and bool(fact.support.atoms(AppliedUndef))
+
+
 def only_fill(fact: Fact, sign: int = 1) -> Any:
     """The support of an additive mask that is zero inside and minus infinity (or very negative) outside.
 

@@ -27,6 +27,7 @@ from kvpass.transforms.sides import (
     always_keeps_a_key,
     closed,
     emptied_by_index,
+    hides_all,
     inside,
     narrow,
     only_fill,
@@ -60,8 +61,14 @@ class _Walk:
         self.loads: list[Load] = []
         self.by_head: list[list[int]] = []
         self.moved = False
-        self.row_atom = next((k for k in self.fact.rows if k != key_atom), None)
+        self.of_context = self.fact.atoms[key_atom].kind is Kind.FREE
+        self.row_atom = next((k for k in self.fact.rows if k != key_atom), self._before_keys())
         self.scores_from: tuple[int | None, ...] = ()
+
+    def _before_keys(self) -> int | None:
+        """The axis of queries of the context: the one before the keys."""
+        *_, queries, keys = [[], *(list(self.fact.flat(d)) for d in range(len(self.fact.dims)))]
+        return queries[0] if self.of_context and len(queries) == 1 and keys == [self.key_atom] else None
 
     def back(self, node: fx.Node, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
         """``(product, score)``: ``at`` says which atom of the softmax each atom of ``node`` is."""
@@ -83,7 +90,7 @@ class _Walk:
         bias = step.operands[0]
         if beta == 0:
             return alpha * SCORE
-        if only_fill(self.analyzed.fact(bias)) is not None:
+        if only_fill(self.analyzed.fact(bias)) is not None and not self.stays(bias):
             return alpha * SCORE  # in the support already
         return alpha * SCORE + beta * self.load(bias, step, 0, at)
 
@@ -92,12 +99,26 @@ class _Walk:
 
     def scores_operand(self, step: Step) -> int:
         """The operand that depends on rows along both the query and the key axis."""
-        heavy = [
-            k for k, op in enumerate(step.operands) if len(self.analyzed.fact(op).rows) >= 2 and not self.is_mask(op)
-        ]
+        heavy = [k for k, op in enumerate(step.operands) if self.is_scores(op)]
         if len(heavy) != 1:
             raise NotRecognised("it is not clear which operand holds the scores")
         return heavy[0]
+
+    def is_scores(self, node: fx.Node) -> bool:
+        if self.of_context:  # whose scores need not depend on a row
+            return self.is_product(node)
+        return len(self.analyzed.fact(node).rows) >= 2 and not self.is_mask(node)
+
+    def is_product(self, node: fx.Node) -> bool:
+        """True where a product is found among what a value is computed from by ops on scores."""
+        if node.target in PRODUCTS:
+            return True
+        passed = node.target in LAYOUT or packet(node) == "_to_copy" or packet(node) in _POINTWISE
+        return passed and any(self.is_product(operand) for operand in self.analyzed.steps[node].operands)
+
+    def stays(self, mask: fx.Node) -> bool:
+        """True of a mask that is added as the numbers it holds."""
+        return self.of_context and hides_all(self.analyzed.fact(mask))
 
     def is_mask(self, node: fx.Node) -> bool:
         fact = self.analyzed.fact(node)
@@ -139,7 +160,7 @@ class _Walk:
         """The support of the scores that enter the softmax, over ``b h i j``."""
         source = arguments(self.softmax)[0]
         fact = self.analyzed.fact(source)
-        if fact.fill is None:
+        if fact.fill is None or self.stays(source):
             return sympy.true
         letters = tuple(name or "h" for name in self.names())
         heads = [k for k, name in enumerate(letters) if name == "h" and index(k) in fact.support.free_symbols]
@@ -192,7 +213,8 @@ class _Walk:
             fact = self.analyzed.fact(step.operands[k])
             place = [None if p is None else self.scores_from[p] for p in step.links[k]]
             ends = (self.row_atom, self.key_atom)
-            row = [a for a, p in enumerate(place) if p in ends and fact.atoms[a].kind is Kind.SEQ]
+            row = [a for a, p in enumerate(place) if p is not None and p in ends]
+            row = row if self.of_context else [a for a in row if fact.atoms[a].kind is Kind.SEQ]
             if len(row) != 1 or place[row[0]] is None:
                 raise NotRecognised("an operand of the scores has no single row axis")
             found[place[row[0]]] = k, row
@@ -204,7 +226,8 @@ class _Walk:
 
     def _order(self, step: Step, key: int) -> None:
         """The order of the heads in the product, and in the softmax."""
-        self.order = keys_first(heads_of(step.fact, ()), set(step.links[key]))
+        ends = [a for a, p in enumerate(self.scores_from) if p in (self.row_atom, self.key_atom)]
+        self.order = keys_first(heads_of(step.fact, ends), set(step.links[key]))
         there = heads_of(self.fact, (self.row_atom, self.key_atom))
         self.softmax_order = carried(self.order, self.scores_from, self.moved, there)
         if any(atoms != self.softmax_order for atoms in self.by_head):  # a head is one number
@@ -214,7 +237,7 @@ class _Walk:
         step = self.analyzed.steps[product]
         fact = self.analyzed.fact(step.operands[k])
         depth = _contracted(product, step, fact, k - first)
-        heads = arranged(heads_of(fact, depth), step.links[k], self.order)
+        heads = arranged(heads_of(fact, (*depth, *row)), step.links[k], self.order)
         return side_of(step.operands[k], fact, row, depth, heads)
 
     def _value(self, ahead: Ahead) -> tuple[Side, Side]:
@@ -222,16 +245,18 @@ class _Walk:
         step, result = self.analyzed.steps[out], self.analyzed.fact(out)
         node = step.operands[other]
         fact, links = self.analyzed.fact(node), step.links[other]
-        row = [a for a in fact.rows if links[a] is None]
+        row = [a for a in (_contracted(out, step, fact, other) if self.of_context else fact.rows) if links[a] is None]
         depth = _own_axes(out, step, fact, other)
         if len(row) != 1 or len(depth) != 1 or links[depth[0]] is None:
             raise NotRecognised("the values have no single row axis")
         rows = [k for k in result.rows if k in step.links[ahead.weights_at]]
+        if not rows and self.row_atom is not None and (place := ahead.places[self.row_atom]) is not None:
+            rows = [place]
         if len(rows) != 1:
             raise NotRecognised("the result has no single row axis")
         size = [links[depth[0]]]
-        order = carried(self.softmax_order, ahead.places, ahead.moved, heads_of(result, size))
-        value = side_of(node, fact, row, depth, arranged(heads_of(fact, depth), links, order))
+        order = carried(self.softmax_order, ahead.places, ahead.moved, heads_of(result, (*size, *rows)))
+        value = side_of(node, fact, row, depth, arranged(heads_of(fact, (*depth, *row)), links, order))
         return value, side_of(out, result, rows, size, order)
 
 
@@ -297,7 +322,7 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
     other = step.operands[1 - k]
-    if only_fill(walk.analyzed.fact(other), sign) is not None:
+    if only_fill(walk.analyzed.fact(other), sign) is not None and not walk.stays(other):
         return product, score  # in the support already
     return product, score + sign * walk.load(other, step, 1 - k, at)
 
@@ -318,6 +343,8 @@ def _floored(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, 
 
 def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
     """``masked_fill`` and ``where`` with a fill that the support knows."""
+    if walk.stays(node):
+        raise NotRecognised("a finite fill by which the context may hide all its keys")
     if walk.analyzed.fact(node).fill not in (Fill.NEG_INF, Fill.NEG):
         raise NotRecognised("the scores are replaced by a number that is no mask")
     return walk.into(step, walk.scores_operand(step), at)
