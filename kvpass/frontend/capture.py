@@ -158,7 +158,7 @@ def _sequence_symbols(
 ) -> list[sympy.Symbol]:
     """The symbols of the axes whose length may grow, the likeliest first.
 
-    That is the one that the first answer with any of them has, then the second axis of an integer input.
+    That is one that the first answer has, then the second axis of an integer input.
     """
     votes: dict[sympy.Symbol, int] = {}
     for fake, fixed in zip(fakes, constant, strict=True):
@@ -168,11 +168,8 @@ def _sequence_symbols(
             expr = sym(size)
             if isinstance(expr, sympy.Symbol) and (axis > 0 or fake.dim() == 1):
                 votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
-    for answer in answers:
-        found = {s for s in map(sym, answer.shape[1:]) if s in votes}
-        if found:
-            votes |= {s: votes[s] + 10_000 for s in found}
-            break
+    found = {s for answer in answers[:1] for s in map(sym, answer.shape[1:]) if s in votes}
+    votes |= {s: votes[s] + 10_000 for s in found}
     if votes:
         return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
     lengths = {int(f.shape[1]) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
