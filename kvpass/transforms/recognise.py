@@ -34,7 +34,7 @@ from kvpass.transforms.sides import (
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
-from kvpass.transforms.spelled import spelled
+from kvpass.transforms.spelled import of_product, spelled
 
 aten = torch.ops.aten
 
@@ -53,14 +53,19 @@ def recognise(analyzed: Analyzed) -> tuple[dict[fx.Node, Recognised], dict[fx.No
                 match = spelled(analyzed, node)
                 found[match.out] = match
         except NotRecognised as reason:
-            if node.target is aten.scaled_dot_product_attention.default or _over_rows(node, step):
-                missed[node] = str(reason)  # what chooses among experts by the context is no attention
+            if node.target is aten.scaled_dot_product_attention.default or _of_scores(analyzed, node, step):
+                missed[node] = str(reason)
     return found, missed
 
 
 def _over_rows(node: fx.Node, step: Step) -> bool:
     fact = step.fact
     return any(fact.atoms[k].kind is Kind.SEQ for k in fact.flat(int(arguments(node)[1])))
+
+
+def _of_scores(analyzed: Analyzed, node: fx.Node, step: Step) -> bool:
+    """False of what chooses among experts by the context."""
+    return _over_rows(node, step) or of_product(analyzed, arguments(node)[0])
 
 
 def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:

@@ -52,6 +52,14 @@ def spelled(analyzed: Analyzed, softmax: fx.Node) -> Recognised:
     return walk.match(product, score, forward(analyzed, softmax))
 
 
+def of_product(analyzed: Analyzed, node: fx.Node) -> bool:
+    """True where a product is found among what a value is computed from by ops on scores."""
+    if node.target in PRODUCTS:
+        return True
+    passed = node.target in LAYOUT or packet(node) == "_to_copy" or packet(node) in _POINTWISE
+    return passed and any(of_product(analyzed, operand) for operand in analyzed.steps[node].operands)
+
+
 class _Walk:
     """From a softmax back to the product of queries and keys."""
 
@@ -106,15 +114,8 @@ class _Walk:
 
     def is_scores(self, node: fx.Node) -> bool:
         if self.of_context:  # whose scores need not depend on a row
-            return self.is_product(node)
+            return of_product(self.analyzed, node)
         return len(self.analyzed.fact(node).rows) >= 2 and not self.is_mask(node)
-
-    def is_product(self, node: fx.Node) -> bool:
-        """True where a product is found among what a value is computed from by ops on scores."""
-        if node.target in PRODUCTS:
-            return True
-        passed = node.target in LAYOUT or packet(node) == "_to_copy" or packet(node) in _POINTWISE
-        return passed and any(self.is_product(operand) for operand in self.analyzed.steps[node].operands)
 
     def stays(self, mask: fx.Node) -> bool:
         """True of a mask that is added as the numbers it holds."""
