@@ -70,7 +70,7 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
     out = analyzed.fact(node)
     result = side_of(node, out, out.flat(-2), out.flat(-1))
-    heads = heads_of(out, result.depth)
+    heads = heads_of(out, (*result.row, *result.depth))
     if keys_first(heads, set(analyzed.steps[node].links[1])) != heads and not args.get("enable_gqa"):
         raise NotRecognised("the heads of the keys do not come first")
     scale = args.get("scale")
@@ -114,7 +114,7 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
 
 def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
-    heads = tuple(heads_of(out, out.flat(-1)))
+    heads = tuple(heads_of(out, (*out.flat(-2), *out.flat(-1))))
     letters: list[str] = []
     for k, dim in enumerate(fact.dims):
         place = k - len(fact.dims)
