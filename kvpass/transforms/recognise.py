@@ -7,6 +7,7 @@ is separate from caching: an attention that is not recognised still runs increme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -102,7 +103,7 @@ def _mask(
 ) -> tuple[Any, Any]:
     """A mask argument as support, or as a load that is added to the score."""
     fact = analyzed.fact(mask)
-    letters = _letters(fact, analyzed.fact(node), node)
+    letters = _letters(fact, analyzed.fact(node), analyzed.steps[node].links[3])
     if fact.dtype is torch.bool:
         return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
     added: Any = sympy.Integer(0)
@@ -127,7 +128,7 @@ def _mask(
     return support, SCORE + added
 
 
-def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
+def _letters(fact: Fact, out: Fact, links: Sequence[int | None]) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
     heads = tuple(heads_of(out, (*out.flat(-2), *out.flat(-1))))
     letters: list[str] = []
@@ -139,7 +140,9 @@ def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
             elif place == -2:
                 letters.append("i")
             else:
-                letters.append("b" if atom.kind is Kind.BATCH else "h")
+                beside = links[len(letters)]  # a batch of a known size is made of free entries
+                kinds = (atom.kind, None if beside is None else out.atoms[beside].kind)
+                letters.append("b" if Kind.BATCH in kinds else "h")
     mine = count(fact, tuple(k for k, x in enumerate(letters) if x == "h"))
     if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or mine not in (1, count(out, heads)):
         raise NotRecognised(f"a mask of axes {fact}")

@@ -50,8 +50,8 @@ class MaximumOverQueries(Model):
     def mix(self, x: Tensor) -> Tensor:
         i, j = grid(x)
         scores, v = self.scores(x)
-        scores = scores - scores.amax(-2, keepdim=True)
-        return self.merge(scores.masked_fill(j > i, NEG_INF).softmax(-1) @ v)
+        scores = scores.masked_fill(j > i, NEG_INF)
+        return self.merge((scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v)
 
 
 class LogarithmOfAllKeys(Model):

@@ -169,7 +169,10 @@ class Joined(Model):
     def mix(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
         q, k, v = self.split(x, b, s)
-        y = sdpa(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, SIZE)
+        mask = None
+        if self.how == "expanded":
+            mask = torch.ones(s, s, dtype=torch.bool).tril().expand(b, 1, s, s)
+        y = sdpa(q, k, v, mask, is_causal=mask is None).transpose(1, 2).reshape(b, s, SIZE)
         if self.how == "addmm":
             return torch.addmm(self.out.bias, y.view(-1, SIZE), self.out.weight.t()).view(b, s, SIZE)
         return self.out(y)
@@ -322,6 +325,7 @@ MODULES: dict[str, Module] = {
     "joined_interleaved": Module(lambda: Joined("interleaved")),
     "joined_unbind": Module(lambda: Joined("unbind")),
     "joined_einops": Module(lambda: Joined("einops")),
+    "mask_for_each_text": Module(lambda: Joined("expanded")),
     "rotary_complex": Module(Complex),
     "temperature": Module(lambda: Scores("temperature")),
     "temperature_of_heads": Module(lambda: Scores("each")),
