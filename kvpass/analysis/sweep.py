@@ -163,7 +163,7 @@ def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
 
 
 def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
-    """A number that the graph has as a tensor; of the model's own only what a mask is filled with, others are learnt."""
+    """A number that stands in a tensor; of the model's own only what a mask is filled with, others are learnt."""
     if tensor.is_complex() or tensor.dtype is torch.float64:
         return None
     number = tensor.item()
