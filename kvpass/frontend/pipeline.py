@@ -8,6 +8,7 @@ from kvpass.analysis.sweep import analyze
 from kvpass.ir import Captured
 from kvpass.lowering import ops
 from kvpass.lowering.choose import lower, prepare
+from kvpass.transforms.latent import expose
 from kvpass.transforms.normalise import normalise
 from kvpass.transforms.plan import plan
 from kvpass.transforms.recognise import recognise
@@ -27,5 +28,12 @@ def incrementalise(captured: Captured, *, autotune: bool = False) -> Incremental
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
-    prepare((match.spec, node.meta["val"].device) for node, match in attentions.items())  # compile, side by side
-    return rewrite(cut, ops, attentions, partial(lower, autotune=autotune))  # rebuild from the outputs by demand
+    latents = expose(analyzed, attentions)  # keys and values that are made from one narrow row
+    if latents:  # the graph has them as values now
+        analyzed = analyze(captured)
+        cut = plan(analyzed, frozenset(lift for latent in latents.values() for lift in latent.lifts))
+        attentions, _ = recognise(analyzed)
+    specs = [(match.spec, node.meta["val"].device) for node, match in attentions.items()]
+    specs += [(latent.absorbed(latent.spec), node.meta["val"].device) for node, latent in latents.items()]
+    prepare(specs)  # compile, side by side
+    return rewrite(cut, ops, attentions, partial(lower, autotune=autotune), latents)  # from the outputs, by demand

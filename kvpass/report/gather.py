@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import sympy
 import torch
@@ -19,6 +20,7 @@ from kvpass.report.parts import (
     AttentionReport,
     GraphReport,
     InputReport,
+    LatentReport,
     OutputReport,
     Record,
     RefusalReport,
@@ -26,6 +28,7 @@ from kvpass.report.parts import (
     incremental_of,
 )
 from kvpass.report.reading import op_name, readings, unrecognised
+from kvpass.transforms.latent import weighed
 from kvpass.transforms.recognise import Recognised, recognise
 from kvpass.transforms.rewrite import Incremental
 
@@ -122,11 +125,12 @@ def _rows(fact: Fact) -> str:
 
 def lowerings(incremental: Incremental) -> dict[str, str]:
     """By the captured node that holds an attention's result, what computes it in the incremental graph."""
-    out = {}
+    out: dict[str, str] = {}
     for node in incremental.module.graph.nodes:
         static = getattr(node.target, "static", None)
         if static and isinstance(static[0], Attention):
-            out[incremental.origin.get(node.name, "")] = str(getattr(node.target, "lowering", "reference"))
+            name, origin = str(getattr(node.target, "lowering", "reference")), incremental.origin.get(node.name, "")
+            out[origin] = f"{out[origin]}, over latents {name}" if origin in out else name
     return out
 
 
@@ -146,8 +150,27 @@ def attention_reports(incremental: Incremental, found: Iterable[Recognised]) -> 
     analyzed, lowered = incremental.plan.analyzed, lowerings(incremental)
     known, names = leaves(analyzed), display_names(analyzed.captured)
     return tuple(
-        _attention(analyzed, match, lowered.get(match.out.name, "as written"), known | loads(match, names))
+        replace(
+            _attention(analyzed, match, lowered.get(match.out.name, "as written"), known | loads(match, names)),
+            latent=_latent(incremental, match),
+        )
         for match in found
+    )
+
+
+def _latent(incremental: Incremental, match: Recognised) -> LatentReport | None:
+    chosen = incremental.latents.get(match.out)
+    found = chosen or weighed(incremental.plan.analyzed, match)
+    if found is None:
+        return None
+    return LatentReport(
+        stored=chosen is not None,
+        size=found.rank + found.shared,
+        latent_bytes=found.stored.bytes,
+        latent_operations=found.stored.operations,
+        bytes=found.expanded.bytes,
+        operations=found.expanded.operations,
+        turn=found.turn,
     )
 
 

@@ -148,7 +148,7 @@ def asked(incremental: Incremental) -> Counter[Asked]:
         return kernel
 
     found, _ = recognise(incremental.plan.analyzed)
-    nodes = rewrite(incremental.plan, ops, found, lower).module.graph.nodes
+    nodes = rewrite(incremental.plan, ops, found, lower, incremental.latents).module.graph.nodes
     specs = [(node.target, getattr(node.target, "static", (None,))[0]) for node in nodes]
     return Counter(made.get(target, Asked(spec, mixed=True)) for target, spec in specs if isinstance(spec, Attention))
 

@@ -74,6 +74,27 @@ class OutputReport:
 
 
 @dataclass(frozen=True)
+class LatentReport:
+    """Keys and values that are made from one narrow row, and what was weighed.
+
+    Attributes:
+        stored: the narrow row is stored; else keys and values are.
+        size: numbers in that row.
+        latent_bytes, latent_operations: what one more cached row costs a step of one new row with the narrow row
+            stored. ``bytes``, ``operations``: the same with keys and values stored.
+        turn: from so many new rows on keys and values are made anew, on a long text; None: never.
+    """
+
+    stored: bool
+    size: int
+    latent_bytes: int
+    latent_operations: int
+    bytes: int
+    operations: int
+    turn: int | None
+
+
+@dataclass(frozen=True)
 class AttentionReport:
     """One attention that was recognised.
 
@@ -82,6 +103,7 @@ class AttentionReport:
         score: what the softmax sees, over ``score``, the product of query and key times ``scale``.
         lowering: what computes it, for instance ``reference``.
         heads, kv_heads, head_size, value_size, dtype, scale: as in `kvpass.ir.Attention`.
+        latent: the narrow row that keys and values are made from, if there is one.
     """
 
     mask: str
@@ -96,6 +118,7 @@ class AttentionReport:
     scale: float
     node: str
     source: str
+    latent: LatentReport | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from kvpass.report.names import line
 from kvpass.report.parts import (
     AttentionReport,
     GraphReport,
+    LatentReport,
     OutputReport,
     ReadingReport,
     RefusalReport,
@@ -135,7 +136,18 @@ def _attention(count: int, a: AttentionReport) -> list[str]:
         f"{_times(count)}{heads} of {size}, {a.dtype}, score = {product}{score}; lowering: {a.lowering}",
         f"    row i sees {keys}",
         f"    proof: {a.proof}" if a.proof else "    proof: see the ops below",
+        *([] if a.latent is None else _latent(a.latent)),
         *_at(a.source, count),
+    ]
+
+
+def _latent(x: LatentReport) -> list[str]:
+    kept = "that row is stored, queries are projected down to it" if x.stored else "keys and values are stored"
+    turn = "" if x.turn is None or not x.stored else f"; from {x.turn:,} new rows on, keys and values are made anew"
+    return [
+        f"    keys and values are made from {x.size:,} numbers a row: {kept}{turn}",
+        f"    a cached row costs a step {x.latent_bytes:,} bytes and {x.latent_operations:,} operations that way, "
+        f"{x.bytes:,} and {x.operations:,} with keys and values stored",
     ]
 
 

@@ -25,6 +25,7 @@ from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
 from kvpass.runtime.remembered import Remembered, storage_of
 from kvpass.runtime.weights import Weights
+from kvpass.transforms.branch import lazily
 from kvpass.transforms.hoist import Hoisted, hoist
 from kvpass.transforms.plan import Plan
 from kvpass.transforms.rewrite import Incremental
@@ -42,18 +43,17 @@ class Bound:
     weights: Weights
     table: SlotTable
     lenders: Mapping[int, Lender]
+    module: fx.GraphModule
     hoisted: Hoisted | None
     remembered: Remembered
 
     def run(self, args: Sequence[Any], lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
         """One call; the outputs are the caller's."""
         ahead: Outputs = ()
-        if self.hoisted is None:
-            module = self.incremental.module
-        else:
-            module, part = self.hoisted.step, self.hoisted.context
+        if self.hoisted is not None:
+            part = self.hoisted.context
             ahead = self.remembered.get(self.keys.hoisting(args), lambda: _without_gradients(part, args), args)
-        outputs = _without_gradients(module, [*args, *_cache_arguments(self.incremental, lease), *ahead])
+        outputs = _without_gradients(self.module, [*args, *_cache_arguments(self.incremental, lease), *ahead])
         kept = {storage_of(value) for value in (*lease.pools, *ahead) if isinstance(value, torch.Tensor)}
         owned = list(outputs)
         for k, value in enumerate(outputs):
@@ -188,9 +188,9 @@ class Program:
         ]
         # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
         remembered = Remembered(self.cache.stats().bytes_capacity // 10)
-        keys = Keys(self.captured, plan.ahead)
-        table = self.cache.register(slots)
-        return Bound(incremental, keys, weights, table, _lenders(plan), hoist(incremental), remembered)
+        keys, table, hoisted = Keys(self.captured, plan.ahead), self.cache.register(slots), hoist(incremental)
+        module = lazily(incremental.module if hoisted is None else hoisted.step)
+        return Bound(incremental, keys, weights, table, _lenders(plan), module, hoisted, remembered)
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""

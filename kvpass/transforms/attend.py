@@ -12,6 +12,8 @@ from torch import fx
 
 from kvpass.analysis.facts import Fact, Kind
 from kvpass.ir import H, Layout
+from kvpass.transforms.branch import either
+from kvpass.transforms.latent import Latent, Projection
 from kvpass.transforms.plan import NEW, Demand, canonical
 from kvpass.transforms.sides import Load, Recognised, Side, at_stored
 
@@ -28,11 +30,62 @@ def emit_attention(b: Builder, match: Recognised) -> fx.Node:
     )
     match = replace(match, key=key, value=value)
     query = _canonical(b, match.query, NEW)
+    made = _attended(b, match, query)
+    latent = b.latents.get(match.out)
+    if latent is not None and b.plan.slot_of(latent.node) is not None and b.plan.slot_of(key.node) is None:
+        row = b.analyzed.fact(match.query.node).atoms[match.query.row[0]]
+        over = _over_latents(b, match, latent, query)
+        made = b.call(bind(either, latent.lifted), b.number(b.length(row, False)), b.rows, made, over)
+    return _restored(b, match.result, made)
+
+
+def _attended(b: Builder, match: Recognised, query: fx.Node) -> fx.Node:
+    """``[B, H, N, D]``, by a kernel or by the reference."""
     # Queries of the context have no first new row, and depend on nothing that grows.
     rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]
     start = b.start if any(atom.kind is Kind.SEQ for atom in rows) else 0
     made = _lowered(b, match, query, start)
-    return _restored(b, match.result, _referred(b, match, query, start) if made is None else made)
+    return _referred(b, match, query, start) if made is None else made
+
+
+def _over_latents(b: Builder, match: Recognised, latent: Latent, query: fx.Node) -> fx.Node:
+    """Queries projected down, attention over the latents as they are stored, and its result projected up."""
+    low, beside = latent.depth
+    down = _matrices(b, latent.key, match.spec.heads)
+    narrow = _by_head(b, b.call(aten.slice.Tensor, query, 3, low, low + latent.key.size), down)
+    if latent.shared:
+        rest = b.call(aten.slice.Tensor, query, 3, beside, beside + latent.shared)
+        narrow = b.call(aten.cat.default, [narrow, rest], 3)
+    fact = b.analyzed.fact(latent.node)
+    (row,) = fact.rows
+    side = Side(
+        latent.node,
+        tuple(k for k, atom in enumerate(fact.atoms) if atom.kind is Kind.BATCH),
+        (),
+        (row,),
+        tuple(k for k, atom in enumerate(fact.atoms) if atom.kind is Kind.FREE),
+    )
+    spec = latent.absorbed(match.spec)
+    made = _attended(b, replace(match, spec=spec, key=side, value=side), narrow)
+    made = b.call(aten.slice.Tensor, made, 3, 0, latent.rank)
+    up = b.call(aten.transpose.int, _matrices(b, latent.value, match.spec.heads), 1, 2)
+    return _by_head(b, made, up)
+
+
+def _matrices(b: Builder, projection: Projection, heads: int) -> fx.Node:
+    """``[H, size, rank]``, a view of the weight."""
+    weight = b.build(projection.weight, NEW)
+    if projection.transposed:
+        weight = b.call(aten.t.default, weight)
+    head, first = divmod(projection.first, projection.stride)
+    by_head = b.call(aten.unflatten.int, weight, 0, [-1, projection.stride])
+    mine = b.call(aten.slice.Tensor, by_head, 0, head, head + heads)
+    return b.call(aten.slice.Tensor, mine, 1, first, first + projection.size)
+
+
+def _by_head(b: Builder, x: fx.Node, matrices: fx.Node) -> fx.Node:
+    """``[B, H, N, I]`` times ``[H, I, O]``; a matrix is read once for all sequences."""
+    return b.call(aten.einsum.default, "bhni,hio->bhno", [x, matrices])
 
 
 def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node | None:
@@ -131,6 +184,7 @@ def bind(function: Callable[..., Any], *static: Any) -> Callable[..., Any]:
 
     bound.__name__ = bound.__qualname__ = function.__name__
     bound.static = static  # type: ignore[attr-defined]
+    bound.function = function  # type: ignore[attr-defined]
     return bound
 
 

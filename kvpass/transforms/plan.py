@@ -87,6 +87,7 @@ class Plan:
         slots: in graph order.
         free: values that are cheap to rebuild from the inputs for all rows.
         tail: at least this many of the last rows must be computed in every call.
+        lifts: values that may be computed for all rows in a call, and are not stored, since a narrower one is.
         ahead: the rows of these prefixes are part of what every row is known by.
     """
 
@@ -94,6 +95,7 @@ class Plan:
     slots: tuple[Slot, ...]
     free: frozenset[fx.Node]
     tail: int
+    lifts: frozenset[fx.Node] = frozenset()
     ahead: tuple[Prefix, ...] = ()
 
     @property
@@ -118,8 +120,11 @@ def demand_of_operand(step: Step, k: int, fact: Fact, demand: Demand) -> Demand:
     return frozenset(asked)
 
 
-def plan(analyzed: Analyzed) -> Plan:
+def plan(analyzed: Analyzed, lifts: frozenset[fx.Node] = frozenset()) -> Plan:
     """Find the slots.
+
+    Args:
+        lifts: values that are to be made from something narrower, which is to be stored in their place.
 
     Raises:
         Refusal: a row that later rows need is not proved to depend on rows up to its own only.
@@ -130,13 +135,13 @@ def plan(analyzed: Analyzed) -> Plan:
         sweep.ask(node, frozenset(analyzed.fact(node).wide))
     sweep.run()
     outputs = set(_output_nodes(analyzed))
-    stored = {_before_moves(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks)}
+    stored = {_before_moves(analyzed, node, outputs) for node in _cut(analyzed, free, sweep.sinks, lifts)}
     order = [n for n in analyzed.steps if n in stored]
     slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
     if not slots:
         raise errors.NothingStored()
     ahead = frozenset[Prefix]().union(*(analyzed.fact(slot.node).ahead for slot in slots))
-    return Plan(analyzed, slots, free, max(1, sweep.tail), tuple(sorted(ahead)))
+    return Plan(analyzed, slots, free, max(1, sweep.tail), lifts, tuple(sorted(ahead)))
 
 
 def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
@@ -208,12 +213,14 @@ class _Sweep:
 # -- the cut --------------------------------------------------------------------------------------------------------
 
 
-def _cut(analyzed: Analyzed, free: frozenset[fx.Node], sinks: dict[fx.Node, None]) -> set[fx.Node]:
+def _cut(
+    analyzed: Analyzed, free: frozenset[fx.Node], sinks: dict[fx.Node, None], lifts: frozenset[fx.Node]
+) -> set[fx.Node]:
     """The cheapest storable values that separate every heavy computation from every demand for all rows."""
     graph: nx.DiGraph = nx.DiGraph()
     for sink in sinks:
         graph.add_edge((sink, "out"), "demand")
-        _grow(analyzed, free, graph, sink)
+        _grow(analyzed, free, graph, sink, lifts)
         _check_separable(graph, analyzed, sink)
     if not sinks:
         return set()
@@ -241,7 +248,9 @@ def _rows_are_columns(analyzed: Analyzed, node: fx.Node) -> bool:
     return bool(slot.before) and not slot.after
 
 
-def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink: fx.Node) -> None:
+def _grow(
+    analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink: fx.Node, lifts: frozenset[fx.Node]
+) -> None:
     """Add the values behind a demand, up to the heavy ops."""
     graph.add_node("work")
     todo = [sink]
@@ -249,9 +258,9 @@ def _grow(analyzed: Analyzed, free: frozenset[fx.Node], graph: nx.DiGraph, sink:
         node = todo.pop()
         if (node, "in") in graph:
             continue
-        cost = _cost(analyzed, node)
+        cost = inf if node in lifts else _cost(analyzed, node)
         graph.add_edge((node, "in"), (node, "out"), **({} if cost == inf else {"capacity": cost}))
-        if node.target in HEAVY:
+        if node.target in HEAVY and node not in lifts:
             graph.add_edge("work", (node, "in"))
             continue
         for operand in analyzed.steps[node].operands:
@@ -267,6 +276,11 @@ def _cost(analyzed: Analyzed, node: fx.Node) -> float:
         return inf
     size = sympy.Mul(*(a.size for a in fact.atoms if a.kind is Kind.FREE))
     return int(size) * fact.dtype.itemsize
+
+
+def storable(analyzed: Analyzed, node: fx.Node) -> bool:
+    """True where rows of a value may be kept: row ``i`` is a function of the inputs' rows up to ``i``."""
+    return _cost(analyzed, node) < inf
 
 
 def _check_separable(graph: nx.DiGraph, analyzed: Analyzed, sink: fx.Node) -> None:

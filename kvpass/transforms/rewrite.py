@@ -23,6 +23,7 @@ from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.ir import KernelOps, Lowering, Role
 from kvpass.transforms.attend import emit_attention
 from kvpass.transforms.emit import SPECIAL, Context, plain
+from kvpass.transforms.latent import Latent
 from kvpass.transforms.plan import HEAVY, NEW, Demand, Plan, Slot, canonical, demand_of_operand
 from kvpass.transforms.sides import Recognised
 
@@ -38,11 +39,13 @@ class Incremental:
 
     Attributes:
         origin: by node name, the captured node it came from.
+        latents: by the value that holds its result, each attention that runs over stored latents.
     """
 
     plan: Plan
     module: fx.GraphModule
     origin: dict[str, str] = field(default_factory=dict)
+    latents: Mapping[fx.Node, Latent] = field(default_factory=dict)
 
 
 def rewrite(
@@ -50,6 +53,7 @@ def rewrite(
     kernels: KernelOps,
     attentions: Mapping[fx.Node, Recognised] | None = None,
     lower: Lowering = lambda *_: None,
+    latents: Mapping[fx.Node, Latent] | None = None,
 ) -> Incremental:
     """Build the incremental graph of a plan.
 
@@ -57,20 +61,27 @@ def rewrite(
         kernels: what reads and writes pools and computes attention.
         attentions: by the value that holds its result, each attention that was recognised.
         lower: what makes a kernel of an attention; without it the reference computes them all.
+        latents: by the value that holds its result, what each attention is made from that may run over latents.
 
     Raises:
         NotIncremental: an op cannot be computed for the new rows alone.
     """
-    return Builder(plan, kernels, attentions or {}, lower).run()
+    return Builder(plan, kernels, attentions or {}, lower, latents or {}).run()
 
 
 class Builder:
     """State of one rewrite: the new graph and what has been built in it."""
 
     def __init__(
-        self, plan: Plan, kernels: KernelOps, attentions: Mapping[fx.Node, Recognised], lower: Lowering
+        self,
+        plan: Plan,
+        kernels: KernelOps,
+        attentions: Mapping[fx.Node, Recognised],
+        lower: Lowering,
+        latents: Mapping[fx.Node, Latent],
     ) -> None:
         self.plan, self.kernels, self.attentions, self.lower = plan, kernels, attentions, lower
+        self.latents = latents
         self.analyzed: Analyzed = plan.analyzed
         self.captured = plan.analyzed.captured
         self.graph = fx.Graph()
@@ -98,7 +109,7 @@ class Builder:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         module = fx.GraphModule(self.captured.module, self.graph)
-        return Incremental(self.plan, module, self.origin)
+        return Incremental(self.plan, module, self.origin, self.latents)
 
     def _placeholders(self) -> None:
         self.inputs: dict[str, fx.Node] = {}
@@ -241,7 +252,12 @@ class Builder:
     def _op(self, node: fx.Node, demand: Demand) -> fx.Node:
         step = self.analyzed.steps[node]
         fact = step.fact
-        if demand == frozenset(fact.wide) and demand and node.target in HEAVY and node not in self.plan.free:
+        if (
+            demand == frozenset(fact.wide)
+            and demand
+            and node.target in HEAVY
+            and node not in self.plan.free | self.plan.lifts
+        ):
             raise errors.NotIncremental(detail=f"{node.name} would be computed for all rows in every call")
         computed = demand | (step.full & frozenset(fact.wide))
         context = Context(self, node, step, computed, iter(self.operands(node, demand)))

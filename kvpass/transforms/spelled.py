@@ -129,6 +129,8 @@ class _Walk:
     def load(self, node: fx.Node, step: Step, k: int, at: tuple[int | None, ...]) -> Any:
         """A tensor that is combined with the scores."""
         fact = self.analyzed.fact(node)
+        if fact.expr is not None and fact.expr.is_number:
+            return fact.expr
         composed = _compose(step, k, at)
         names = self.names()
         letters = []

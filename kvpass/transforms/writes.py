@@ -30,6 +30,9 @@ def joined(graph: fx.Graph) -> None:
             _copy(graph, node)
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
             _scatter(graph, node)
+    for node in list(graph.nodes):
+        if node.target is aten.slice_scatter.default and node.users and _given(node).get("step", 1) != 1:
+            _strided(graph, node)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
@@ -94,6 +97,38 @@ def _interleave(graph: fx.Graph, node: fx.Node, dim: int, size: int, step: int) 
     with graph.inserting_before(node):
         turns = call(graph, node, aten.stack.default, [pieces[k] for k in range(step)], dim + 1)
         made = call(graph, node, aten.flatten.using_ints, turns, dim, dim + 1)
+    _replace(graph, node, made)
+
+
+def _strided(graph: fx.Graph, node: fx.Node) -> None:
+    """``x[..., a:b:step] = y``: of each place and what was written next before it, one is taken."""
+    base, new = arguments(node)[:2]
+    given, value = _given(node), node.meta["val"]
+    dim, step = given.get("dim", 0) % value.dim(), given["step"]
+    size = value.shape[dim]
+    if not isinstance(size, int) or new.meta["val"].dtype != value.dtype:
+        return
+    start, end = _bound(given.get("start"), 0, size), _bound(given.get("end"), size, size)
+    if start is None or end is None:
+        return
+    last = start + step * new.meta["val"].shape[dim]
+    with graph.inserting_before(node):
+        each = call(graph, node, aten.repeat_interleave.self_int, new, step, dim)
+        pieces = [
+            *_range(graph, node, base, dim, 0, start),
+            *_range(graph, node, each, dim, 0, min(last, size) - start),
+        ]
+        pieces += _range(graph, node, base, dim, last, size)
+        spread = call(graph, node, aten.cat.default, pieces, dim)
+        ones = call(graph, node, aten.new_ones.default, base, [size], dtype=torch.int64)
+        place = call(graph, node, aten.sub.Tensor, call(graph, node, aten.cumsum.default, ones, 0), 1)
+        turn = call(graph, node, aten.remainder.Scalar, call(graph, node, aten.sub.Tensor, place, start), step)
+        written = call(graph, node, aten.eq.Scalar, turn, 0)
+        for bound, limit in ((aten.ge.Scalar, start), (aten.lt.Scalar, end)):
+            written = call(graph, node, aten.logical_and.default, written, call(graph, node, bound, place, limit))
+        for _ in range(value.dim() - 1 - dim):
+            written = call(graph, node, aten.unsqueeze.default, written, -1)
+        made = call(graph, node, aten.where.self, written, spread, base)
     _replace(graph, node, made)
 
 

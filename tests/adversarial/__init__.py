@@ -46,7 +46,7 @@ CASES: tuple[Case, ...] = (
     *_cases("future", (EMPTY,), masks.EmptiedRow),
     # Whole matrices of pairs are combined: the future is in them, and they cannot be cut into rows.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), masks.WrongSoftmaxAxis, masks.MaxOverAllScores),
-    *_cases("future", (FUTURE, SHAPE), rows.NextRow),
+    *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.WindowsAhead),
     # Dynamo itself does not look into a GRU.
     *_cases("future", (FUTURE, UNKNOWN, BREAK, STATIC), rows.BackwardRecurrence),
     # Ops that need no rule of their own: to know them by name is enough to refuse them.

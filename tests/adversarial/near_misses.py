@@ -150,6 +150,15 @@ class DilatedConvolution(Model):
         return self.attend(y, j <= i)
 
 
+class WindowsUnfolded(Model):
+    """Each row beside the two before it, weighted and summed."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        y = functional.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).flip(-1) * torch.tensor([0.5, 0.3, 0.2])
+        return self.attend(y.sum(-1), j <= i)
+
+
 class PreviousRow(Model):
     """Every row gets the one before it (RWKV's token shift)."""
 
@@ -241,6 +250,7 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     CausalConvolution,
     ConvolutionCutOff,
     DilatedConvolution,
+    WindowsUnfolded,
     PreviousRow,
     FirstRowForAll,
     RunningMean,

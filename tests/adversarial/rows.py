@@ -57,6 +57,13 @@ class NextRow(Model):
         return functional.pad(x[:, 1:], (0, 0, 0, 1))
 
 
+class WindowsAhead(Model):
+    """Windows over the rows that begin a row too late: the last one of each is the next row."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return functional.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1).mean(-1)
+
+
 class Roll(Model):
     """`roll` by one to the right: the first row gets the last one."""
 

@@ -36,6 +36,14 @@ def by_turns(x: Tensor) -> Tensor:
     return out
 
 
+def some_by_steps(x: Tensor) -> Tensor:
+    """What is not written stays; the steps end before the axis does, and at its end."""
+    out = x * 2
+    out[..., 1:6:3] = x[..., :2]
+    out[..., 2::5] = x[..., 3:5]
+    return out
+
+
 def one_entry(x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     out[..., -2] = x[..., 0]
@@ -65,7 +73,9 @@ class Written(nn.Module):
         return self.head(x + y[:, 0])
 
 
-@pytest.mark.parametrize("write", [halves, overwritten, by_turns, one_entry, broadcast], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "write", [halves, overwritten, by_turns, some_by_steps, one_entry, broadcast], ids=lambda f: f.__name__
+)
 def test_a_write_is_a_join(write: Callable[[Tensor], Tensor]) -> None:
     torch._dynamo.reset()
     model = Written(write)

@@ -38,7 +38,7 @@ from kvpass.frontend.api import recording
 from kvpass.frontend.backend import Record
 from kvpass.report.reading import op_name
 from tests.property.oracle import Mismatch, compare
-from tests.zoo.tiny import Attn, Mapped, classes, has_attn, inputs, tiny_model
+from tests.zoo.tiny import Attn, Mapped, classes, has_attn, inputs, tiny_model, transformers
 
 Task: TypeAlias = tuple[Mapped, str, Attn]
 
@@ -345,6 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mapping", default="causal,seq2seq,speech", help="some of causal, seq2seq, speech")
     parser.add_argument("--attn", default="sdpa", help="sdpa, eager, or both")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="where the table is written (docs/conformance.md)"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args(argv)
     mappings = [m for m in get_args(Mapped) if m in args.mapping.split(",")]
@@ -363,6 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted after {len(found)} of {len(tasks)} rows")
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
+    if args.markdown is not None:
+        from tests.zoo.table import markdown
+
+        args.markdown.write_text(markdown(found, transformers.__version__))
     print(summary(found))
     return int(any(r.status == "WRONG" for r in found))
 

@@ -134,6 +134,7 @@ EXCEPTIONS: dict[str, dict[str, Value]] = {
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
     },
     "dbrx.attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dots1": {"n_shared_experts": 1, "layer_types": ["sliding_attention", "full_attention"]},
     "dots3_note_text": _SWA | {"head_dim": 16},
     "fun_asr_nano.adaptor_config": {"intermediate_size": 8},

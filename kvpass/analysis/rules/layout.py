@@ -431,6 +431,11 @@ def pad(op: Op) -> Out:
     x, scope, amounts = op.operands[0], op.scope, list(op.args[1])
     if op.node.target is aten.pad.default and op.arg(2, "mode", "constant") != "constant":
         raise errors.UnknownOp(detail=f"aten.pad.default with mode {op.arg(2, 'mode')}")
+    for amount in amounts:
+        if isinstance(amount, sympy.Basic) and not amount.is_number:
+            raise errors.UnsupportedShape(
+                detail=f"the sequence is padded by {amount} rows, which depends on its length"
+            )
     dims: Dims = [list(dim) for dim in x.dims]
     out = _same(op, list(dims))
     for k in range(len(amounts) // 2):
