@@ -22,18 +22,18 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     """The entries of a tensor as an expression over ``index(k)``, one ``k`` per axis of more than one entry.
 
     Args:
-        tensor: any shape; only one- and two-dimensional ones (beside axes of size one) are looked at.
+        tensor: any shape; of more than two axes (beside those of size one) only a triangle in the last two is seen.
         leaf: makes the leaf function of this tensor, used where only part of the content has a formula.
     """
     axes = [k for k, size in enumerate(tensor.shape) if size != 1]
-    if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or len(axes) not in (1, 2):
+    if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or not 1 <= len(axes) <= 4:
         return None
     flat = tensor.detach().cpu().reshape([tensor.shape[k] for k in axes])
     if len(axes) == 1:
         return _ramp(flat, index(0))
-    if flat.shape[0] < 2:
+    if flat.shape[-2] < 2:
         return None
-    form = _bands(flat) or _chunks(flat) or _triangle(flat, leaf)
+    form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
 
 
@@ -87,12 +87,12 @@ def _chunks(m: torch.Tensor) -> Value | None:
 
 
 def _triangle(m: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
-    """Anything on and below the diagonal, one fill above it."""
-    rows, cols = m.shape
+    """Anything on and below the diagonal, one fill above it, in each matrix of the last two axes."""
+    *_, rows, cols = m.shape
     if rows != cols:
         return None
-    above = m[torch.triu(torch.ones(rows, cols, dtype=torch.bool), 1)]
+    above = m[..., torch.triu(torch.ones(rows, cols, dtype=torch.bool), 1)].flatten()
     fill = _value(above[0])
     if fill is None or not bool((above == above[0]).all()) or (Fill.of(fill) is None and fill != 1):
         return None
-    return sympy.Piecewise((leaf(), sympy.Le(index(1), index(0))), (fill, True))
+    return sympy.Piecewise((leaf(), sympy.Le(index(m.dim() - 1), index(m.dim() - 2))), (fill, True))

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute
-from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, index
+from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
 from kvpass.analysis.laws import Laws
 
 Label = int
@@ -51,6 +51,8 @@ class Parts:
     support: Boolean = sympy.true
     fill: Fill | None = None
     valid: Boolean = sympy.true
+    ahead: frozenset[Prefix] = frozenset()
+    shift: Shift = field(default_factory=Shift)
 
 
 def symbol(label: Label) -> sympy.Symbol:
@@ -68,12 +70,14 @@ def quotient(a: Expr, b: Expr) -> Expr | None:
 class Axes:
     """What sizes say: the symbol of the sequence's length, and of the batch's size where it has one.
 
-    ``laws`` gathers what is known of the leaf functions while a graph is swept.
+    ``laws`` gathers what is known of the leaf functions while a graph is swept; ``context`` says which of them are
+    arguments without rows, by the name of the argument.
     """
 
     seq: sympy.Symbol
     batch: Expr
     laws: Laws = field(default_factory=dict)
+    context: dict[str, str] = field(default_factory=dict)
 
     def kind(self, size: Expr) -> Kind:
         if size.has(self.seq):
@@ -147,6 +151,7 @@ class Scope:
             parts.length = parts.length or fact.length
             parts.batch = parts.batch or fact.batch
             parts.random = parts.random or fact.random
+            parts.ahead |= fact.ahead
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -343,8 +348,16 @@ class Scope:
             support=settle(parts.support),
             fill=parts.fill,
             valid=settle(parts.valid),
+            ahead=parts.ahead,
+            shift=self._shift_of(parts, place),
         )
         return fact, place
+
+    def _shift_of(self, parts: Parts, place: dict[Label, int]) -> Shift:
+        def of(labels: frozenset[Label]) -> frozenset[int]:
+            return frozenset(place[x] for label in labels for x in self.expanded([label]) if x in place)
+
+        return Shift(of(parts.shift.affine), of(parts.shift.level))
 
     def _bounded(self, parts: Parts, place: dict[Label, int]) -> tuple[set[int], Cause | None]:
         deps, whole = set(), parts.whole

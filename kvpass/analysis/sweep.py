@@ -11,14 +11,15 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
-from kvpass.analysis import laws
+from kvpass.analysis import laws, shifts
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
-from kvpass.analysis.scope import Axes, Link, Scope
+from kvpass.analysis.scope import Axes, Link, Scope, quotient
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
 
@@ -61,7 +62,16 @@ class Analyzed:
 
 def sym(value: Any) -> Expr:
     """A size as sympy: SymInt, SymFloat, or a Python number."""
-    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return sympy.sympify(value)
+    expr: Expr = value.node.expr
+    return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
+
+
+def _divided(a: Expr, b: Expr) -> Expr:
+    """``(s * s) // s`` is ``s``, of sizes."""
+    exact = quotient(a, b)
+    return FloorDiv(a, b) if exact is None else exact
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -92,7 +102,8 @@ def analyze(captured: Captured) -> Analyzed:
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
-    axes = Axes(captured.seq, captured.batch)
+    context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
+    axes = Axes(captured.seq, captured.batch, context=context)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     for node in captured.module.graph.nodes:
@@ -194,7 +205,7 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
-    fact = replace(fact, support=support, fill=fill)
+    fact = replace(fact, support=support, fill=fill, shift=shifts.of_form(expr, fact.atoms, axes.seq))
     if expr.has(axes.seq):
         length = length or Cause(
             node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
@@ -203,7 +214,7 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
         length = None
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
-    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None)
+    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
 
 
 def _exact(expr: Value, dtype: torch.dtype) -> bool:
@@ -234,7 +245,7 @@ def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
     source, k = node.args
     step = steps[source]  # type: ignore[index]
     fact = step.facts[k]  # type: ignore[index]
-    return Step((fact,), (source,), (tuple(range(len(fact.atoms))),))  # type: ignore[arg-type]
+    return Step((fact,), (source,), (tuple(range(len(fact.atoms))),), step.full)  # type: ignore[arg-type]
 
 
 def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:

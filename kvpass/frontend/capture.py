@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
@@ -42,6 +43,8 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
         # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    if seq in (fixed := _numbers(fakes)):
+        raise fixed[seq][1]
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
@@ -89,16 +92,17 @@ def _is_constant(node: fx.Node, real: Any) -> bool:
 
 
 def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:
-    """Guard that tokens, masks and positions are of one length, where they are so in this call.
+    """Guard that tokens, masks and positions are of one length and one batch, where they are so in this call.
 
     A model that only gathers from its mask does not say so itself, and its rows would be two sequences. Comparing the
     two symbols makes it a guard of Dynamo's: other lengths are another compilation.
     """
     tables = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and _is_table(f)]
     for other in tables[1:]:
-        a, b = tables[0].shape[1], other.shape[1]
-        if sym(a) != sym(b) and getattr(a, "node", None) is not None and a.node.hint == getattr(b.node, "hint", None):
-            bool(a == b)
+        for a, b in zip(tables[0].shape, other.shape, strict=True):
+            hints = [getattr(getattr(size, "node", None), "hint", None) for size in (a, b)]
+            if sym(a) != sym(b) and None not in hints and hints[0] == hints[1]:
+                bool(a == b)
 
 
 def _is_table(fake: Any) -> bool:
@@ -118,12 +122,49 @@ def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Sy
                 votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
     if votes:
         return max(votes, key=lambda s: (votes[s], s.name))
-    lengths = {int(f.shape[1]) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
-    raise errors.SingleRow() if lengths == {1} else errors.StaticLength()
+    lengths = {int(sym(f.shape[1])) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
+    raise errors.SingleRow() if lengths == {1} else _static_length(fakes, lengths)
+
+
+def _static_length(fakes: Sequence[Any], lengths: set[int]) -> errors.StaticLength:
+    """Why a length is fixed: nobody said that it varies, or the model made a number of it."""
+    found = (refusal for number, refusal in _numbers(fakes).values() if number in lengths)
+    return next(found, errors.StaticLength(detail="nothing in it says which axis is the sequence"))
+
+
+def _numbers(fakes: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, errors.StaticLength]]:
+    """The symbols of sizes that tracing has found to be one number, and guards; with the reason that says so."""
+    found: dict[sympy.Symbol, tuple[int, errors.StaticLength]] = {}
+    env = next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
+    if env is None:
+        return found
+    for symbol, number in env.replacements.items():
+        if number.is_Integer:
+            found[symbol] = int(number), _made_a_number(int(number), env.replacements_slocs.get(symbol))
+    for guard in env.guards:
+        fixed = _fixed_by(guard.expr)
+        if fixed is not None:
+            found[fixed[0]] = fixed[1], _made_a_number(fixed[1], guard.sloc)
+    return found
+
+
+def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
+    """The symbol and its value, where a guard such as ``sqrt(s) == 3.0`` holds for one size only."""
+    if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
+        return None
+    (symbol,) = guard.free_symbols
+    holds = [n for n in range(2, 513) if guard.xreplace({symbol: sympy.Integer(n)}) == sympy.true]
+    return (symbol, holds[0]) if len(holds) == 1 else None
+
+
+def _made_a_number(number: int, place: Any) -> errors.StaticLength:
+    code, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
+    detail = f"it holds for {number} rows only: the model makes a Python number of how many there are"
+    return errors.StaticLength(detail=detail, source=f"{where}: {code}" if where else "")
 
 
 def _looks_like_ids(fake: Any, fixed: bool) -> bool:
-    return isinstance(fake, torch.Tensor) and not fixed and fake.dim() >= 2 and isinstance(fake.shape[1], int)
+    return isinstance(fake, torch.Tensor) and not fixed and fake.dim() >= 2 and bool(sym(fake.shape[1]).is_number)
 
 
 def _described(
@@ -171,7 +212,7 @@ def _tensor_input(
     axes = tuple(a for a, size in enumerate(fake.shape) if sym(size) == seq)
     if any(sym(size).has(seq) and sym(size) != seq for size in fake.shape):
         raise errors.NoSequence(detail=f"{source} has an axis whose length is computed from the sequence's")
-    lead = 0 if fake.dim() > 1 and 0 not in axes and sym(fake.shape[0]) == batch else None
+    lead = 0 if 0 not in axes and _is_batch(fake, batch) else None
     if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
         raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
     if len(axes) == 2:
@@ -182,6 +223,12 @@ def _tensor_input(
     if not axes and (batch == 1 or lead is None):
         lead = None
     return Input(name, k, role, source, axes, lead)
+
+
+def _is_batch(fake: torch.Tensor, batch: sympy.Expr) -> bool:
+    """Axis 0 is the batch. Of a vector as long as a batch of fixed size, only whole numbers are one a sequence."""
+    whole = not fake.is_floating_point() and fake.dim() == 1 and batch != 1
+    return bool((fake.dim() > 1 or whole or (fake.dim() == 1 and batch.free_symbols)) and sym(fake.shape[0]) == batch)
 
 
 def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], real: torch.Tensor) -> Input:

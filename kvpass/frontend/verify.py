@@ -56,8 +56,8 @@ def verify(
     """
     rng = random.Random(seed)
     texts = _Texts(captured, real, rng)
-    keys = Keys(captured)
     plan = incremental.plan
+    keys = Keys(captured, plan.ahead)
     room = (texts.rows // _PAGE + 2) * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
     names = identities(plan.analyzed, {name: name.encode() for name in captured.constants})

@@ -11,14 +11,21 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from kvpass.analysis.facts import Prefix
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
 
 
 class Keys:
-    """How to take keys from the arguments of a captured graph."""
+    """How to take keys from the arguments of a captured graph.
 
-    def __init__(self, captured: Captured) -> None:
+    Args:
+        ahead: rows that all others may depend on, the first ones of a sequence: each row's key holds their digest.
+    """
+
+    def __init__(self, captured: Captured, ahead: Sequence[Prefix] = ()) -> None:
+        by_name = {i.name: i for i in captured.inputs}
+        self.ahead = [(by_name[prefix.input], prefix.offset) for prefix in ahead]
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
         self.forms = captured.of(Role.FORM)
@@ -45,7 +52,21 @@ class Keys:
             if given.batch_axis is not None:
                 tables.append(_own_context(args[given.index], batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
+        if self.ahead:
+            table = np.concatenate([table, self._prefixes(args, table)], axis=2)
         return [row.tobytes() for row in table], table.shape[2]
+
+    def _prefixes(self, args: Sequence[Any], table: np.ndarray) -> np.ndarray:
+        """The digest of each sequence's own prefix, as far as there is text, at each of its rows."""
+        batch, length, _ = table.shape
+        ends = np.zeros(batch, np.int64)
+        for given, offset in self.ahead:
+            numbers = args[given.index].detach().cpu().reshape(-1).to(torch.int64).numpy()
+            ends = np.maximum(ends, np.broadcast_to(numbers, batch) + offset)
+        held = [text[: max(int(end), 0)] for text, end in zip(table, ends, strict=True)]
+        digests = [hashlib.sha256(len(rows).to_bytes(8, "big") + rows.tobytes()).digest() for rows in held]
+        each = np.frombuffer(b"".join(digests), np.uint8).reshape(batch, 1, 32)
+        return np.broadcast_to(each, (batch, length, 32))
 
     def context(self, args: Sequence[Any]) -> bytes:
         """Digest of what the whole batch shares."""

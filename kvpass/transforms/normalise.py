@@ -15,6 +15,7 @@ from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.convolutions import unrolled
+from kvpass.transforms.differences import distributed
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.writes import joined
@@ -54,6 +55,7 @@ def normalise(module: fx.GraphModule) -> None:
     joined(graph)
     unrolled(graph)
     separate(graph)
+    distributed(graph)
     unsorted(graph)
     graph.eliminate_dead_code()
     module.recompile()

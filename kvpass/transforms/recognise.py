@@ -24,10 +24,10 @@ from kvpass.transforms.sides import (
     closed,
     count,
     emptied_by_index,
+    grouped,
     only_fill,
     predicate,
     side_of,
-    unrepeated,
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
@@ -64,8 +64,8 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if args.get("dropout_p"):
         raise NotRecognised("dropout inside attention")
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
-    key = unrepeated(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
-    value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
+    key, value = side_of(args["key"], k, k.flat(-2), k.flat(-1)), side_of(args["value"], v, v.flat(-2), v.flat(-1))
+    key, value = grouped(analyzed, key, value)
     result = side_of(node, analyzed.fact(node), analyzed.fact(node).flat(-2), analyzed.fact(node).flat(-1))
     scale = args.get("scale")
     size = count(q, query.depth)

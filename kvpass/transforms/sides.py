@@ -154,6 +154,13 @@ def count(fact: Fact, atoms: tuple[int, ...]) -> int:
     return int(sympy.Mul(*(fact.atoms[k].size for k in atoms)))
 
 
+def grouped(analyzed: Analyzed, key: Side, value: Side) -> tuple[Side, Side]:
+    """Keys and values before their heads were repeated; where one has fewer heads then, it stays as it is."""
+    before = unrepeated(analyzed, key), unrepeated(analyzed, value)
+    of_key, of_value = (count(analyzed.fact(side.node), side.heads) for side in before)
+    return before[0] if of_key >= of_value else key, before[1] if of_value >= of_key else value
+
+
 def unrepeated(analyzed: Analyzed, side: Side) -> Side:
     """The same operand before its heads were repeated; the repeated atoms become the group.
 

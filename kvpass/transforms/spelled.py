@@ -24,10 +24,10 @@ from kvpass.transforms.sides import (
     always_keeps_a_key,
     closed,
     emptied_by_index,
+    grouped,
     only_fill,
     predicate,
     side_of,
-    unrepeated,
 )
 from kvpass.transforms.sinks import sink_of
 
@@ -101,14 +101,26 @@ class _Walk:
     def into(self, step: Step, k: int, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
         return self.back(step.operands[k], _compose(step, k, at))
 
-    def scores_operand(self, step: Step) -> int:
-        """The operand that depends on rows along both the query and the key axis."""
+    def scores_operand(self, step: Step, at: tuple[int | None, ...]) -> int:
+        """The operand that depends on rows along both the query and the key axis; of several, a product of the two."""
         heavy = [
             k for k, op in enumerate(step.operands) if len(self.analyzed.fact(op).rows) >= 2 and not self.is_mask(op)
         ]
-        if len(heavy) != 1:
+        found = heavy if len(heavy) == 1 else [k for k in heavy if self.leads_to_a_product(step, k, at)]
+        if not found:
             raise NotRecognised("it is not clear which operand holds the scores")
-        return heavy[0]
+        return found[0]
+
+    def leads_to_a_product(self, step: Step, k: int, at: tuple[int | None, ...]) -> bool:
+        """True where an operand is made of queries and keys alone: relative positions read a table as well."""
+        before = self.loads.copy()
+        try:
+            self._query_and_key(self.into(step, k, at)[0])
+        except NotRecognised:
+            return False
+        finally:
+            self.loads[:] = before
+        return True
 
     def is_mask(self, node: fx.Node) -> bool:
         fact = self.analyzed.fact(node)
@@ -178,7 +190,7 @@ class _Walk:
     ) -> Recognised:
         q, k = self._query_and_key(product)
         value, result = self._value(out, weights_at)
-        parts = Parts(self.analyzed, out, q, unrepeated(self.analyzed, k), unrepeated(self.analyzed, value), result)
+        parts = Parts(self.analyzed, out, q, *grouped(self.analyzed, k, value), result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
         strict = strict and self.softmax.target is not aten._safe_softmax.default
@@ -281,7 +293,7 @@ def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
         factor = _number(arguments(node)[1] if arguments(node)[0] is step.operands[0] else arguments(node)[0])
         product, score = walk.into(step, 0, at)
     else:
-        k = walk.scores_operand(step)
+        k = walk.scores_operand(step, at)
         if divide and k == 1:
             raise NotRecognised("a number divided by the scores")
         product, score = walk.into(step, k, at)
@@ -298,7 +310,7 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
             raise NotRecognised("the scores are subtracted from a number")
         product, score = walk.into(step, 0, at)
         return product, score + sign * _number(arguments(node)[1])
-    k = walk.scores_operand(step)
+    k = walk.scores_operand(step, at)
     if k == 1 and sign < 0:
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
@@ -312,7 +324,7 @@ def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
     """``masked_fill`` and ``where`` with a fill that the support knows."""
     if walk.analyzed.fact(node).fill not in (Fill.NEG_INF, Fill.NEG):
         raise NotRecognised("the scores are replaced by a number that is no mask")
-    return walk.into(step, walk.scores_operand(step), at)
+    return walk.into(step, walk.scores_operand(step, at), at)
 
 
 def _unary(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
