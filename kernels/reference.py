@@ -29,12 +29,14 @@ def visible(
     rows: int,
     names: tuple[str, ...],
     loads: tuple[Tensor, ...],
+    keys: int | None = None,
 ) -> Tensor | None:
     """Which keys each new row sees.
 
     Args:
         support: predicate over ``b h i j`` (`Attention.support`); ``i`` and ``j`` are rows, not offsets.
-        start, rows: ``P`` and ``S``: the new rows are ``P .. S-1``, the keys ``0 .. S-1``.
+        start, rows: ``P`` and ``S``: the new rows are ``P .. S-1``.
+        keys: how many there are; ``S`` by default.
         names, loads: the tensors that leaf functions of the support read.
 
     Returns:
@@ -42,7 +44,7 @@ def visible(
     """
     if support == sympy.true or (rows - start == 1 and support in (_CAUSAL, _CAUSAL_NORMAL)):
         return None
-    grid = _grid(start, rows, device, heads, loads)
+    grid = _grid(start, rows, rows if keys is None else keys, device, heads, loads)
     mask = evaluate(support, grid, dict(zip(names, loads, strict=True)))
     return mask if isinstance(mask, Tensor) else torch.full((1, 1, 1, 1), bool(mask), device=device)
 
@@ -51,14 +53,14 @@ _CAUSAL_NORMAL = sympy.Le(J - I, 0)
 
 
 def _grid(
-    start: int, rows: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]
+    start: int, rows: int, keys: int, device: torch.device, heads: int, loads: tuple[Tensor, ...]
 ) -> dict[sympy.Basic, Tensor]:
     batch = max((load.shape[0] for load in loads if load.dim()), default=1)
     return {
         B: torch.arange(batch, device=device).view(-1, 1, 1, 1),
         H: torch.arange(heads, device=device).view(1, -1, 1, 1),
         I: torch.arange(start, rows, device=device).view(1, 1, -1, 1),
-        J: torch.arange(rows, device=device).view(1, 1, 1, -1),
+        J: torch.arange(keys, device=device).view(1, 1, 1, -1),
     }
 
 
@@ -90,11 +92,14 @@ def attention(
         )
     new = query.shape[2]
     grouped = _unflatten(query, 1, (spec.kv_heads, spec.group)).flatten(2, 3)  # [B, K, G * N, D]
+    if spec.softmax_dtype is not None:  # a score of half precision may have lost what the softmax needs
+        wide = torch.promote_types(query.dtype, spec.softmax_dtype)
+        grouped, key = grouped.to(wide), key.to(wide)
     scores = _unflatten(grouped @ key.mT, 2, (spec.group, new)).flatten(1, 2)  # [B, H, N, S]
     if spec.scale != 1.0:
         scores = scores * spec.scale
     if spec.score != SCORE:
-        grid = _grid(start, start + new, query.device, spec.heads, ()) | {
+        grid = _grid(start, start + new, key.shape[2], query.device, spec.heads, ()) | {
             B: torch.arange(query.shape[0], device=query.device).view(-1, 1, 1, 1),
             J: torch.arange(key.shape[2], device=query.device).view(1, 1, 1, -1),
         }

@@ -51,6 +51,7 @@ class Captured:
         inputs: one entry per placeholder, in order.
         seq: symbol of the sequence's length. ``batch``: size of the batch, a symbol or a number.
         constants: by placeholder name, the real tensors whose identity the graph may rely on.
+        lead: how many entries a prefix of the context has where it stands before the rows, on one axis with them.
         scalars: by placeholder index, the Python numbers that Dynamo passes as 0-d tensors, as the graph has them.
     """
 
@@ -60,6 +61,7 @@ class Captured:
     batch: sympy.Expr
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[int, Any] = field(default_factory=dict)
+    lead: sympy.Expr = sympy.S.Zero
 
     def of(self, *roles: Role) -> list[Input]:
         return [i for i in self.inputs if i.role in roles]
@@ -194,6 +196,7 @@ class KernelOps(Protocol):
         rows: int,
         names: tuple[str, ...],
         loads: tuple[torch.Tensor, ...],
+        keys: int | None = None,
     ) -> torch.Tensor | None: ...
 
     def attention(

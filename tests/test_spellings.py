@@ -1,5 +1,7 @@
 """Every spelling of attention is the same attention: in plain PyTorch, and to the compiler."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,16 @@ from tests.models.tolerances import tolerance
 from tests.property.fast import compiled
 from tests.property.history import run_history
 from tests.property.oracle import compare
-from tests.spellings import CAUSAL_ONLY, NEG_INF, PADDABLE, SPELLINGS
+from tests.spellings import CAUSAL_ONLY, NEG_INF, PADDABLE, PER_HEAD, SPELLINGS, products
 
 STEPS = ["fresh_7", "grow_1", "grow_1", "grow_9", "grow_1", "branch", "grow_2"]
-BY_HAND = frozenset(
-    {"softmax_by_hand", "log_softmax_exp", "logsumexp_by_hand", "triangle_times_exp", "normalise_last", "scale_split"}
-)
-"""Spellings that need not be recognised as attention: they are proven, and run incrementally as they are written."""
+LAYERS = 4  # spellings that one model has
+
+
+def packed(masked: bool) -> list[str]:
+    """All spellings of a causal mask, or those of any mask whose own part the mask is, several to a model."""
+    names = [n for n in SPELLINGS if not masked or (n not in CAUSAL_ONLY and not hasattr(products, n))]
+    return ["+".join(names[k : k + LAYERS]) for k in range(0, len(names), LAYERS)]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
@@ -100,22 +105,30 @@ def proven_and_exact(config: Config) -> kvpass.Report:
 
 def recognised(report: kvpass.Report, config: Config) -> None:
     """Every layer's attention was seen, and what `explain` prints of its mask is the mask, at any length."""
-    attentions = config.layers * (config.heads if config.spelling == "head_loop" else 1)
+    attentions = sum(config.heads if name in PER_HEAD else 1 for name in config.spellings)
     assert len(report.attention) == attentions, str(report)
+    assert not report.unrecognised, str(report)
+    assert {attention.lowering[:3] for attention in report.attention} == {"C++"}, str(report)
     i, j = torch.arange(40)[:, None], torch.arange(40)[None, :]
     for text in {attention.mask for attention in report.attention}:
         assert torch.equal(eval(text, {"__builtins__": {}}, {"i": i, "j": j}), closed_form(config, i, j)), text
 
 
-@pytest.mark.parametrize("mask", ["causal", "sliding"])
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_spelling_is_proven_and_exact(name: str, mask: Mask) -> None:
-    if name in CAUSAL_ONLY and mask != "causal":
-        return
-    config = Config(spelling=name, mask=mask, width=3, heads=4, kv_heads=2, head_size=6, layers=1)
-    report = proven_and_exact(config)
-    if name not in BY_HAND:
-        recognised(report, config)
+def several(spelling: str, **kwargs: Any) -> Config:
+    names = spelling.split("+")
+    return Config(spelling=spelling, layers=len(names), heads=4, kv_heads=2, head_size=6, mlp="none", **kwargs)
+
+
+@pytest.mark.parametrize("spelling", packed(masked=False))
+def test_spelling_is_proven_and_exact(spelling: str) -> None:
+    config = several(spelling)
+    recognised(proven_and_exact(config), config)
+
+
+@pytest.mark.parametrize("spelling", packed(masked=True))
+def test_spelling_of_a_window_is_proven_and_exact(spelling: str) -> None:
+    config = several(spelling, mask="sliding", width=3)
+    recognised(proven_and_exact(config), config)
 
 
 @pytest.mark.parametrize("name", SCORED)

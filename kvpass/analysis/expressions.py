@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import sympy
 from sympy.functions.elementary.piecewise import Piecewise
-from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
+from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue, to_nnf
 
 Value: TypeAlias = sympy.Basic
 LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
@@ -88,6 +88,21 @@ def join(parts: Iterable[tuple[Value, Boolean]]) -> Value | None:
     pairs = list(merged.items())
     out = Piecewise(*pairs[:-1], (pairs[-1][0], True))
     return None if sympy.count_ops(out) > LIMIT else out
+
+
+def tidy(value: Value) -> Value:
+    """The same value without branches that are never taken."""
+    if not isinstance(value, Piecewise) or len(value.args) < 3:
+        return value
+    taken = [(val, pruned(cond)) for val, cond in branches(value)]
+    return join((val, cond) for val, cond in taken if cond != sympy.false) or value
+
+
+def pruned(value: Boolean) -> Boolean:
+    """The same condition without alternatives that exclude themselves."""
+    value = simplify(to_nnf(value, simplify=False))
+    options = [option for option in sympy.Or.make_args(value) if not contradicts(option)]
+    return sympy.Or(*options)
 
 
 def apply(function: Callable[..., Value], *values: Value) -> Value | None:
@@ -215,4 +230,4 @@ def _clash(terms: list[Boolean]) -> bool:
 
 def implies(premise: Boolean, conclusion: Boolean) -> bool:
     """True where ``premise -> conclusion`` is proved."""
-    return contradicts(sympy.And(premise, sympy.Not(conclusion)))
+    return contradicts(sympy.And(premise, to_nnf(sympy.Not(conclusion), simplify=False)))

@@ -123,6 +123,9 @@ class Fact:
             sequences of the batch (or on its own place among them), on chance; None where it does not.
         shift: how the length, or the index, changes the entries along an axis.
         ahead: rows that an entry depends on as well, whatever its own row: the first ones of its sequence.
+        context, sequence: it depends on an input of the context, on one that has the sequence axis.
+        together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
+            a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
         support, fill: outside ``support`` an entry is ``fill``.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
@@ -136,6 +139,9 @@ class Fact:
     length: Cause | None = None
     batch: Cause | None = None
     random: Cause | None = None
+    context: bool = False
+    sequence: bool = False
+    together: Cause | None = None
     expr: sympy.Basic | None = None
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
@@ -175,6 +181,10 @@ class Fact:
     def index_only(self) -> bool:
         """True where no input row matters: the value is a function of indices, weights and context."""
         return not self.deps and not self.ahead and self.whole is None
+
+    def of_context(self) -> bool:
+        """True of a value of the context: no input of the sequence matters, and one of the context does."""
+        return self.context and not self.sequence
 
     def position(self, k: int) -> Expr:
         """The row at which entry ``index(k)`` of SEQ atom ``k`` stands."""

@@ -15,7 +15,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, substitute
+from kvpass.analysis.expressions import Value, substitute, tidy
 from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
 from kvpass.analysis.laws import Laws
 
@@ -47,6 +47,9 @@ class Parts:
     length: Cause | None = None
     batch: Cause | None = None
     random: Cause | None = None
+    context: bool = False
+    sequence: bool = False
+    together: Cause | None = None
     expr: Value | None = None
     support: Boolean = sympy.true
     fill: Fill | None = None
@@ -70,19 +73,30 @@ def quotient(a: Expr, b: Expr) -> Expr | None:
 class Axes:
     """What sizes say: the symbol of the sequence's length, and of the batch's size where it has one.
 
-    ``laws`` gathers what is known of the leaf functions while a graph is swept; ``context`` says which of them are
-    arguments without rows, by the name of the argument.
+    ``lead`` entries stand before the first row where an axis holds more than the rows: a prefix of the context. They
+    are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
+    is swept; ``context`` says which of them are arguments without rows, by the name of the argument.
     """
 
     seq: sympy.Symbol
     batch: Expr
+    lead: Expr = ZERO
     laws: Laws = field(default_factory=dict)
     context: dict[str, str] = field(default_factory=dict)
+
+    def start(self, size: Expr) -> Expr:
+        """The row of the first entry of a new axis along the sequence."""
+        return -self.lead if sympy.expand(size - self.seq - self.lead) == 0 else ZERO
 
     def kind(self, size: Expr) -> Kind:
         if size.has(self.seq):
             return Kind.SEQ
         return Kind.BATCH if size == self.batch and self.batch.free_symbols else Kind.FREE
+
+    def atom(self, size: Expr, bcast: bool = False) -> Atom:
+        """A new axis."""
+        kind = self.kind(size)
+        return Atom(kind, size, self.start(size) if kind is Kind.SEQ else ZERO, bcast)
 
 
 class Scope:
@@ -118,7 +132,7 @@ class Scope:
         Entries that are all the same may be a merged axis as well: ``zeros(B * s, ..)``.
         """
         sizes = self._factors(size) if bcast else [size]
-        return [self.new(Atom(self.axes.kind(part), part, bcast=bcast)) for part in sizes if part != 1]
+        return [self.new(self.axes.atom(part, bcast)) for part in sizes if part != 1]
 
     def _factors(self, size: Expr) -> list[Expr]:
         """A size as the batch, the sequence, and what is repeated for each row, if it is such a product."""
@@ -152,6 +166,9 @@ class Scope:
             parts.batch = parts.batch or fact.batch
             parts.random = parts.random or fact.random
             parts.ahead |= fact.ahead
+            parts.context = parts.context or fact.context
+            parts.sequence = parts.sequence or fact.sequence
+            parts.together = parts.together or fact.together
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -344,7 +361,10 @@ class Scope:
             length=parts.length,
             batch=parts.batch or self.batch,
             random=parts.random,
-            expr=None if parts.expr is None else settle(parts.expr),
+            context=parts.context,
+            sequence=parts.sequence,
+            together=parts.together,
+            expr=None if parts.expr is None else tidy(settle(parts.expr)),
             support=settle(parts.support),
             fill=parts.fill,
             valid=settle(parts.valid),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -19,6 +21,7 @@ from kvpass.analysis import laws, shifts
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope, quotient
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
@@ -56,6 +59,11 @@ class Analyzed:
         return self.steps[node].fact
 
     @property
+    def together(self) -> bool:
+        """A row may depend on the contexts of other sequences: it is known by all of them, and by its place."""
+        return any(fact.together is not None for step in self.steps.values() for fact in step.facts)
+
+    @property
     def outputs(self) -> tuple[Any, ...]:
         return tuple(self.captured.module.graph.output_node().args[0])  # type: ignore[arg-type]
 
@@ -86,27 +94,35 @@ def dim_of(node: fx.Node, place: int) -> int:
 
 
 def source_of(node: fx.Node) -> str:
-    """The user's innermost line, ``file:line in function: code``."""
+    """The user's innermost line, ``file:line in function: code``; one of PyTorch's own where there is no other."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    found = ""
     for k in range(len(lines) - 1, -1, -1):
         if lines[k].startswith("File "):
             file, line, *where = [part.strip() for part in lines[k][5:].split(",")]
             code = f": {lines[k + 1]}" if k + 1 < len(lines) else ""
-            return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(where)}{code}"
-    return ""
+            path = file.strip('"')
+            told = f"{path}:{line.removeprefix('line ')} {' '.join(where)}{code}"
+            if not path.startswith(_TORCH):
+                return told
+            found = found or told
+    return found
 
 
-def analyze(captured: Captured) -> Analyzed:
-    """Facts for every value.
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
+    """Facts for every value, or for one and what it is computed from.
 
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
     context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
-    axes = Axes(captured.seq, captured.batch, context=context)
+    axes = Axes(captured.seq, captured.batch, captured.lead, context=context)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
-    for node in captured.module.graph.nodes:
+    for node in captured.module.graph.nodes if upto is None else _ancestry(upto):
         try:
             step = _step(node, steps, captured, inputs, axes)
         except errors.Refusal as refusal:
@@ -114,6 +130,16 @@ def analyze(captured: Captured) -> Analyzed:
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps)
+
+
+def _ancestry(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, in the order of the graph."""
+    found, todo = {node}, [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return sorted(found)
 
 
 def _step(
@@ -125,7 +151,7 @@ def _step(
             return None
         return Step((_input_fact(node, given, captured),))
     if node.op == "get_attr":
-        return Step((_constant_fact(node, attribute(captured.module, str(node.target))),))
+        return Step((_lifted_fact(node, attribute(captured.module, str(node.target))),))
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
@@ -158,10 +184,18 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
             dims.append((Atom(Kind.BATCH, sym(size)),))
         else:
             dims.append(() if size == 1 else (Atom(Kind.FREE, sym(size)),))
-    fact = Fact(tuple(dims), value.dtype)
+    fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT, sequence=given.role is Role.SEQUENCE)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch))
+    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch, captured.lead))
+
+
+def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
+    """A tensor that the model's code wrote down; a single number is that number."""
+    fact = _constant_fact(node, tensor)
+    if tensor.numel() != 1 or tensor.is_complex():
+        return fact
+    return fact.with_expr(constant(tensor.item()))
 
 
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
@@ -241,6 +275,14 @@ def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
     return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
 
 
+def _of_one_context(fact: Fact, op: Op) -> Fact:
+    """What mixes the sequences of the context alone is a function of the context of the whole batch."""
+    known = all(x.fact.batch is None for x in op.operands)
+    if fact.batch is None or not known or not fact.of_context():
+        return fact
+    return replace(fact, batch=None, together=fact.together or fact.batch)
+
+
 def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
     source, k = node.args
     step = steps[source]  # type: ignore[index]
@@ -249,9 +291,23 @@ def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
 
 
 def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
-    rule = RULES.get(node.target)
-    if rule is None:
-        raise errors.UnknownOp(detail=f"{node.target}")
+    op, operands = _opened(node, steps, axes)
+    try:
+        rule = RULES.get(node.target)
+        if rule is None:
+            raise errors.UnknownOp(detail=f"{node.target}")
+        result = rule(op)
+        outs = result if isinstance(result, list) else [result]
+        return _closed(op, outs, () if outs[0].detached else operands)
+    except errors.Refusal:
+        op, operands = _opened(node, steps, axes)  # without what the rule had begun
+        if not of_context_alone(op):
+            raise
+        return _closed(op, opaque(op), operands)
+
+
+def _opened(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> tuple[Op, tuple[fx.Node, ...]]:
+    """One call as a rule sees it, and the nodes of its operands."""
     scope, tensors = Scope(node.name, axes), _tensors(node)
     operands: list[fx.Node] = []
 
@@ -268,10 +324,7 @@ def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
     args = tuple(convert(a) for a in node.args)
     kwargs = {k: convert(a) for k, a in node.kwargs.items()}
     shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
-    op = Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors))
-    result = rule(op)
-    outs = result if isinstance(result, list) else [result]
-    return _closed(op, outs, () if outs[0].detached else tuple(operands))
+    return Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors)), tuple(operands)
 
 
 def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
@@ -281,7 +334,8 @@ def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
         fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
         if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):
             raise errors.UnsupportedShape(detail=f"{op.node.target}: {fact.shape()} was inferred for {op.shapes[k]}")
-        facts.append(settle(fact, op.node, scope.axes) if len(outs) == 1 else fact)
+        fact = settle(fact, op.node, scope.axes) if len(outs) == 1 else fact
+        facts.append(_of_one_context(fact, op))
         first = first or place
     links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()
     full = frozenset(first[scope.representative(x)] for x in scope.full if scope.representative(x) in first)

@@ -22,7 +22,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, branches, constant, implies, is_boolean, simplify, substitute
+from kvpass.analysis.expressions import Value, branches, compare, constant, implies, is_boolean, simplify, substitute
 from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind, Prefix
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
@@ -164,8 +164,10 @@ def bound(op: Op, j: Label, kept: list[Label], support: Boolean) -> tuple[Label 
     beyond = sympy.Symbol("d", integer=True, nonnegative=True)
     prefixes = _prefixes(op, j, support)
     for i in row_labels(scope, kept):
-        later = {symbol(j): row_of(scope, i) + 1 + beyond - scope.atoms[j].start}
-        rest = substitute(support, later)
+        row = row_of(scope, i) + 1 + beyond
+        later = {symbol(j): row - scope.atoms[j].start}
+        # What is before row 0 reads no row.
+        rest = sympy.And(substitute(support, later), compare("ge", row, ZERO))
         if implies(rest, sympy.false):
             return i, frozenset()
         for inside, prefix in prefixes.items():

@@ -18,8 +18,10 @@ from torch import fx, nn
 from torch._dynamo import convert_frame, eval_frame
 
 from kvpass import errors
+from kvpass.analysis.facts import Kind
+from kvpass.analysis.sweep import Analyzed
 from kvpass.cache import Cache
-from kvpass.frontend.capture import capture
+from kvpass.frontend.capture import captures
 from kvpass.frontend.pipeline import incrementalise
 from kvpass.frontend.verify import PlainFailed, verify
 from kvpass.ir import Captured
@@ -107,8 +109,9 @@ def kvpass(
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
-            captured = capture(gm, example_inputs)
-            incremental = incrementalise(captured, autotune=chosen.autotune)
+            captured, incremental = _proven(gm, example_inputs, autotune=chosen.autotune)
+            if isinstance(incremental, errors.Refusal):
+                raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, gm, example_inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
@@ -120,6 +123,29 @@ def kvpass(
         program.check_first(lambda args: _checked(captured, incremental, gm, args))
     _record(Record(captured, program, None))
     return program
+
+
+def _proven(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, autotune: bool
+) -> tuple[Captured, Incremental | errors.Refusal]:
+    """The likeliest reading of the graph, or another one that is proven and answers row by row."""
+    refused: tuple[Captured, errors.Refusal] | None = None
+    for captured in captures(gm, inputs):
+        try:
+            incremental = incrementalise(captured, autotune=autotune)
+        except errors.Refusal as refusal:
+            refused = refused or (captured, refusal)
+        else:
+            if refused is None or _answers_by_row(incremental.plan.analyzed):
+                return captured, incremental
+    assert refused is not None
+    return refused
+
+
+def _answers_by_row(analyzed: Analyzed) -> bool:
+    """True where some output holds rows: what grows is its text, and not what the text speaks of."""
+    facts = [analyzed.fact(n) for n in analyzed.outputs if isinstance(n, fx.Node) and n in analyzed.steps]
+    return any(f.whole is None and any(atom.kind is Kind.SEQ for atom in f.atoms) for f in facts)
 
 
 def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, args: Sequence[Any]) -> bool:

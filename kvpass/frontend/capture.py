@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,24 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.sweep import sym
+from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.frontend.higher_order import expanded
 from kvpass.ir import Captured, Input, Role
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
-    """Trace Dynamo's graph to functional ATen ops and say what each input is.
+    """The first of `captures`: what most likely grows is the sequence."""
+    return next(captures(gm, real))
+
+
+def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
+    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow.
+
+    A model of an encoder and a decoder has two such axes. The proof says which of them is a sequence.
 
     Args:
         gm: Dynamo's graph; its placeholders carry fake tensors and sources.
@@ -33,8 +42,27 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
-    seq = _sequence_symbol(fakes, constant)
-    gm, scalars = _with_numbers(gm, places, real)
+    growing = _sequence_symbols(fakes, constant, _answered(gm))
+    gm, scalars = _with_numbers(expanded(gm), places, real)
+    module = _exported(gm, fakes)
+    refused: list[errors.Refusal] = []
+    fixed = _numbers(fakes)
+    for seq in growing:
+        if seq in fixed:
+            refused.append(fixed[seq][1])
+            continue
+        try:
+            described = _described(_copied(module), places, fakes, real, constant, seq)
+        except errors.Refusal as refusal:
+            refused.append(refusal)
+            continue
+        yield replace(described, scalars=scalars)
+    if len(refused) == len(growing):
+        raise refused[0]
+
+
+def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The functional ATen graph."""
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad():
@@ -43,13 +71,25 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
         # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-    if seq in (fixed := _numbers(fakes)):
-        raise fixed[seq][1]
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
     assert isinstance(module, fx.GraphModule)
-    return replace(_described(module, places, fakes, real, constant, seq), scalars=scalars)
+    return module
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, to be rewritten in place."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def _answered(gm: fx.GraphModule) -> list[Any]:
+    """The tensors that the graph returns, as Dynamo has them."""
+    nodes = pytree.tree_leaves(gm.graph.output_node().args)
+    values = [n.meta.get("example_value", n.meta.get("val")) for n in nodes if isinstance(n, fx.Node)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _with_numbers(
@@ -92,17 +132,25 @@ def _is_constant(node: fx.Node, real: Any) -> bool:
 
 
 def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:
-    """Guard that tokens, masks and positions are of one length and one batch, where they are so in this call.
+    """Guard that tokens, masks and positions are of one length, and that all inputs are of one batch, where it is so
+    in this call.
 
     A model that only gathers from its mask does not say so itself, and its rows would be two sequences. Comparing the
-    two symbols makes it a guard of Dynamo's: other lengths are another compilation.
+    two symbols makes it a guard of Dynamo's: other sizes are another compilation.
     """
-    tables = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and _is_table(f)]
+    given = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and isinstance(f, torch.Tensor)]
+    tables = [f for f in given if _is_table(f)]
     for other in tables[1:]:
-        for a, b in zip(tables[0].shape, other.shape, strict=True):
-            hints = [getattr(getattr(size, "node", None), "hint", None) for size in (a, b)]
-            if sym(a) != sym(b) and None not in hints and hints[0] == hints[1]:
-                bool(a == b)
+        _tie(tables[0].shape[1], other.shape[1])
+    for other in given if tables else ():
+        if other.dim() > 1:
+            _tie(tables[-1].shape[0], other.shape[0])
+
+
+def _tie(a: Any, b: Any) -> None:
+    symbols = all(isinstance(sym(size), sympy.Symbol) for size in (a, b))
+    if symbols and sym(a) != sym(b) and a.node.hint == b.node.hint:
+        bool(a == b)
 
 
 def _is_table(fake: Any) -> bool:
@@ -110,8 +158,13 @@ def _is_table(fake: Any) -> bool:
     return isinstance(fake, torch.Tensor) and fake.dim() == 2 and isinstance(sym(fake.shape[1]), sympy.Symbol)
 
 
-def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Symbol:
-    """The symbol of the axis whose length grows: by preference the second axis of an integer input."""
+def _sequence_symbols(
+    fakes: Sequence[Any], constant: Sequence[bool], answers: Sequence[torch.Tensor]
+) -> list[sympy.Symbol]:
+    """The symbols of the axes whose length may grow, the likeliest first.
+
+    That is one that the first answer has, then the second axis of an integer input.
+    """
     votes: dict[sympy.Symbol, int] = {}
     for fake, fixed in zip(fakes, constant, strict=True):
         if fixed or not isinstance(fake, torch.Tensor):
@@ -120,8 +173,10 @@ def _sequence_symbol(fakes: Sequence[Any], constant: Sequence[bool]) -> sympy.Sy
             expr = sym(size)
             if isinstance(expr, sympy.Symbol) and (axis > 0 or fake.dim() == 1):
                 votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
+    found = {s for answer in answers[:1] for s in map(sym, answer.shape[1:]) if s in votes}
+    votes |= {s: votes[s] + 10_000 for s in found}
     if votes:
-        return max(votes, key=lambda s: (votes[s], s.name))
+        return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
     lengths = {int(sym(f.shape[1])) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
     raise errors.SingleRow() if lengths == {1} else _static_length(fakes, lengths)
 
@@ -187,7 +242,20 @@ def _described(
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
-    return Captured(module, tuple(inputs), seq, batch, constants)
+    return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq))
+
+
+def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
+    """How many entries the first join of something and all rows puts before them."""
+    for node in module.graph.nodes:
+        if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
+            continue
+        axis = dim_of(node, 1) % node.meta["val"].dim()
+        sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
+        before = sympy.Add(*sizes[:-1])
+        if sizes[-1] == seq and before != 0 and not before.has(seq):
+            return before
+    return sympy.Integer(0)
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

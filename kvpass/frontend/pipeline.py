@@ -24,7 +24,7 @@ def incrementalise(captured: Captured, *, autotune: bool = False) -> Incremental
     Raises:
         Refusal: the proof did not go through; the graph is to be run as it is.
     """
-    normalise(captured.module)  # one spelling for what means the same
+    normalise(captured)  # one spelling for what means the same
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like

@@ -57,8 +57,9 @@ def verify(
     rng = random.Random(seed)
     texts = _Texts(captured, real, rng)
     plan = incremental.plan
-    keys = Keys(captured, plan.ahead)
-    room = (texts.rows // _PAGE + 2) * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
+    keys = Keys(captured, plan.ahead, plan.analyzed.together)
+    held = (texts.rows + keys.lead(texts.prefix(2))) // _PAGE + 2
+    room = held * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
     names = identities(plan.analyzed, {name: name.encode() for name in captured.constants})
     table = cache.register(
@@ -72,7 +73,7 @@ def verify(
                 expected = plain(*args)
             except Exception as error:
                 raise PlainFailed() from error
-            with cache.begin(table, rows, width, b"", limit=end - plan.tail) as lease:
+            with cache.begin(table, rows, width, b"", limit=end + keys.lead(args) - plan.tail) as lease:
                 found = run(incremental, args, lease)
         meaningful = _meaningful(plan.analyzed, args)
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):

@@ -209,7 +209,7 @@ def loads(match: Recognised, names: Mapping[str, str]) -> dict[str, Leaf]:
     return {
         load.name: Leaf(names.get(load.node.name, load.node.name), letters=tuple(dict.fromkeys(load.axes)))
         for load in match.loads
-        if load.axes
+        if load.axes is not None
     }
 
 

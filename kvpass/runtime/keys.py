@@ -21,23 +21,33 @@ class Keys:
 
     Args:
         ahead: rows that all others may depend on, the first ones of a sequence: each row's key holds their digest.
+        together: a row may depend on the contexts of the other sequences of its batch, and on its place among them.
     """
 
-    def __init__(self, captured: Captured, ahead: Sequence[Prefix] = ()) -> None:
+    def __init__(self, captured: Captured, ahead: Sequence[Prefix] = (), together: bool = False) -> None:
         by_name = {i.name: i for i in captured.inputs}
         self.ahead = [(by_name[prefix.input], prefix.offset) for prefix in ahead]
+        self.together = together
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
         self.forms = captured.of(Role.FORM)
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
         self.signature = repr(head).encode()
         self.numbers = _free_numbers(captured)
-        lead = self.sequences[0]
-        self.lead, self.lead_axis = lead.index, lead.seq_axes[0]
+        first = self.sequences[0]
+        self._first, self._axis = first.index, first.seq_axes[0]
+        self._lead = captured.lead
+        values = {n.name: n.meta["val"] for n in captured.module.graph.nodes if n.op == "placeholder"}
+        sizes = {sym(values[i.name]): i.index for i in captured.of(Role.SYMBOL)}
+        self._sizes = {size: sizes[size] for size in captured.lead.free_symbols}
 
     def length(self, args: Sequence[Any]) -> int:
         """``S`` of a call."""
-        return int(args[self.lead].shape[self.lead_axis])
+        return int(args[self._first].shape[self._axis])
+
+    def lead(self, args: Sequence[Any]) -> int:
+        """How many entries stand before the rows of the text; they have keys as well."""
+        return int(self._lead.xreplace({size: sympy.Integer(args[k]) for size, k in self._sizes.items()}))
 
     def batch(self, args: Sequence[Any]) -> int:
         """``B`` of a call: the largest batch axis among its inputs."""
@@ -45,32 +55,40 @@ class Keys:
         return max((int(args[k].shape[axis]) for k, axis in axes), default=1)
 
     def rows(self, args: Sequence[Any]) -> tuple[list[bytes], int]:
-        """For each sequence of the batch the bytes of all its rows, and how many bytes a row has."""
-        batch, length = self.batch(args), self.length(args)
+        """For each sequence of the batch the bytes of all its rows, and how many bytes a row has.
+
+        What stands before the rows has no bytes of its own: it depends on the context, which is in the key.
+        """
+        batch, length, lead = self.batch(args), self.length(args), self.lead(args)
         tables = [_table(args[i.index], i, batch, length) for i in self.sequences]
-        for given in self.contexts:
+        if lead:
+            tables = [np.concatenate([np.zeros((batch, lead, t.shape[2]), np.uint8), t], axis=1) for t in tables]
+            length += lead
+        if self.together:
+            tables.append(_place(self.hoisting(args), batch, length))
+        for given in () if self.together else self.contexts:
             if given.batch_axis is not None:
                 tables.append(_own_context(args[given.index], batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
         if self.ahead:
-            table = np.concatenate([table, self._prefixes(args, table)], axis=2)
+            table = np.concatenate([table, self._prefixes(args, table, lead)], axis=2)
         return [row.tobytes() for row in table], table.shape[2]
 
-    def _prefixes(self, args: Sequence[Any], table: np.ndarray) -> np.ndarray:
+    def _prefixes(self, args: Sequence[Any], table: np.ndarray, lead: int) -> np.ndarray:
         """The digest of each sequence's own prefix, as far as there is text, at each of its rows."""
         batch, length, _ = table.shape
         ends = np.zeros(batch, np.int64)
         for given, offset in self.ahead:
             numbers = args[given.index].detach().cpu().reshape(-1).to(torch.int64).numpy()
             ends = np.maximum(ends, np.broadcast_to(numbers, batch) + offset)
-        held = [text[: max(int(end), 0)] for text, end in zip(table, ends, strict=True)]
+        held = [text[: lead + max(int(end), 0)] for text, end in zip(table, ends, strict=True)]
         digests = [hashlib.sha256(len(rows).to_bytes(8, "big") + rows.tobytes()).digest() for rows in held]
         each = np.frombuffer(b"".join(digests), np.uint8).reshape(batch, 1, 32)
         return np.broadcast_to(each, (batch, length, 32))
 
     def context(self, args: Sequence[Any]) -> bytes:
         """Digest of what the whole batch shares."""
-        digest = hashlib.sha256(self.signature)
+        digest = hashlib.sha256(self.signature + f"{self.lead(args)}".encode())
         for given in self.contexts:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
@@ -139,3 +157,9 @@ def _own_context(value: torch.Tensor, batch: int, length: int) -> np.ndarray:
     """The digest of each sequence's own part of a context, at each of its rows."""
     digests = [np.frombuffer(hashlib.sha256(tensor_bytes(part)).digest(), np.uint8) for part in value]
     return np.broadcast_to(np.stack(digests)[:, None, :], (batch, length, 32))
+
+
+def _place(contexts: bytes, batch: int, length: int) -> np.ndarray:
+    """The digest of all contexts, of the size of the batch and of the place in it, at each row."""
+    names = [hashlib.sha256(b"together" + contexts + place.to_bytes(8, "big")).digest() for place in range(batch)]
+    return np.broadcast_to(np.stack([np.frombuffer(n, np.uint8) for n in names])[:, None, :], (batch, length, 32))

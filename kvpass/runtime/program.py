@@ -65,6 +65,8 @@ class Bound:
 
 def _lenders(plan: Plan) -> dict[int, Lender]:
     """One for each output that grows at its end. (Pages of one sequence only are read in place.)"""
+    if plan.analyzed.captured.lead != 0:  # rows of the text may stand behind a prefix
+        return {}
     slots = [plan.slot_of(n) if isinstance(n, fx.Node) else None for n in plan.analyzed.outputs]
     return {
         k: Lender(slot.row)
@@ -104,6 +106,16 @@ class Program:
     def incremental(self) -> Incremental | None:
         return None if self._bound is None else self._bound.incremental
 
+    @property
+    def hoisted(self) -> Hoisted | None:
+        """What is computed once per context; None where nothing is."""
+        return None if self._bound is None else self._bound.hoisted
+
+    @property
+    def remembered(self) -> Remembered | None:
+        """What is kept of it, for the weights as they are now."""
+        return None if self._bound is None else self._bound.remembered
+
     def check_first(self, check: Callable[[Sequence[Any]], bool]) -> None:
         """Serve nothing from the cache before ``check`` has returned True for the arguments of a call."""
         self._check = check
@@ -115,7 +127,7 @@ class Program:
         if bound is None or not self._numbers_hold(args) or not self._forms_hold(args):
             return self._plainly(args)
         rows, width = bound.keys.rows(args)
-        length = bound.keys.length(args)
+        length = bound.keys.length(args) + bound.keys.lead(args)
         limit = length - bound.incremental.plan.tail
         if limit < 0:
             return self._plainly(args)
@@ -188,7 +200,11 @@ class Program:
         ]
         # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
         remembered = Remembered(self.cache.stats().bytes_capacity // 10)
-        keys, table, hoisted = Keys(self.captured, plan.ahead), self.cache.register(slots), hoist(incremental)
+        keys, table, hoisted = (
+            Keys(self.captured, plan.ahead, plan.analyzed.together),
+            self.cache.register(slots),
+            hoist(incremental),
+        )
         module = lazily(incremental.module if hoisted is None else hoisted.step)
         return Bound(incremental, keys, weights, table, _lenders(plan), module, hoisted, remembered)
 

@@ -17,11 +17,15 @@ class Remembered:
 
     Args:
         capacity: bytes. Values that are larger are computed in every call.
+
+    Attributes:
+        computed: how often values were computed.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
+        self.computed = 0
         self._held: OrderedDict[bytes, Values] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -36,6 +40,7 @@ class Remembered:
         values = tuple(v.clone() if isinstance(v, Tensor) and storage_of(v) in theirs else v for v in compute())
         size = _bytes(values)
         with self._lock:
+            self.computed += 1
             if size <= self.capacity and name not in self._held:
                 self._held[name] = values
                 self.used += size

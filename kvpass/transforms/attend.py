@@ -96,17 +96,29 @@ def _lowered(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.No
     kernel = b.lower(match.spec, match.out.meta["val"].device, key, value)
     if kernel is None:
         return None
-    keys = _rows(b, match.key, key)
-    reads = [_load(b, load, read.axes) for load, read in zip(match.loads, match.spec.reads, strict=True)]
+    keys = _rows(b, match.key, match.query, key)
+    reads = [
+        _per_head(b, match, load, _load(b, load, read.axes))
+        for load, read in zip(match.loads, match.spec.reads, strict=True)
+    ]
     count = _lengths(b, b.analyzed.fact(match.key.node), _all(b, match.key), match.key.row)
-    return b.call(kernel, query, keys, _rows(b, match.value, value), start, count, reads)
+    return b.call(kernel, query, keys, _rows(b, match.value, match.query, value), start, count, reads)
 
 
-def _rows(b: Builder, side: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
+def _for_each(b: Builder, side: Side, queries: Side) -> fx.Node:
+    """All keys or values as ``[B, K, S, D]``; those that all sequences share, for each of them."""
+    made = _canonical(b, side, _all(b, side))
+    if side.batch or not queries.batch:
+        return made
+    sizes = [_lengths(b, b.analyzed.fact(queries.node), NEW, queries.batch), -1, -1, -1]
+    return b.call(aten.expand.default, made, sizes)
+
+
+def _rows(b: Builder, side: Side, queries: Side, layout: Layout | None) -> tuple[fx.Node, ...]:
     """The pool, its table and its run, or one tensor ``[B, K, S, D]``."""
     slot = b.plan.slot_of(side.node)
     if layout is None or slot is None:
-        return (_canonical(b, side, _all(b, side)),)
+        return (_for_each(b, side, queries),)
     pool, (_, table, run, _) = b.pool(slot), b.slot_inputs[slot.name]
     return pool, table, run
 
@@ -115,6 +127,8 @@ def _pool_layout(b: Builder, side: Side) -> Layout | None:
     """Where the heads of a stored value stand in its pool; None where it is not stored, or not head by head."""
     slot = b.plan.slot_of(side.node)
     if slot is None or not _all(b, side):
+        return None
+    if b.skipped(slot) != 0:
         return None
     fact = b.analyzed.fact(slot.node)
     dims = [d for d in range(len(fact.dims)) if d not in (slot.row, slot.batch)]
@@ -152,27 +166,29 @@ def _dense(fact: Fact, strides: dict[int, int], atoms: list[int], first: int) ->
 
 def _referred(b: Builder, match: Recognised, query: fx.Node, start: Any) -> fx.Node:
     """By the reference, on keys and values that are gathered from the pages."""
-    key = _canonical(b, match.key, _all(b, match.key))
-    value = _canonical(b, match.value, _all(b, match.value))
-    mask = _visible(b, match)
-    inside = [load for load in match.loads if load.axes]
+    key, value = (_for_each(b, side, match.query) for side in (match.key, match.value))
+    mask = _visible(b, match, start)
+    inside = [load for load in match.loads if load.axes is not None]
     names, loads = tuple(load.name for load in inside), tuple(_load(b, load) for load in inside)
     return b.call(bind(b.kernels.attention, match.spec), query, key, value, mask, start, names, loads)
 
 
-def _visible(b: Builder, match: Recognised) -> fx.Node | None:
-    """The mask of the new rows: one for all attentions that share a support."""
+def _visible(b: Builder, match: Recognised, start: Any) -> fx.Node | None:
+    """The mask of the new rows: one for all attentions that share a support, and that count the same."""
     support = match.spec.support
     if support == sympy.true:
         return None
-    leaves = [load for load in match.loads if not load.axes]
-    key = (support, match.spec.heads if support.has(H) else 0)
+    leaves = [load for load in match.loads if load.axes is None]
+    queries, keys = (
+        _lengths(b, b.analyzed.fact(side.node), _all(b, side), side.row) for side in (match.query, match.key)
+    )
+    key = (support, match.spec.heads if support.has(H) else 0, start, queries, keys)
     if key not in b.masks:
         loads = tuple(_load(b, load) for load in leaves)
         device = match.out.meta["val"].device
         names = tuple(load.name for load in leaves)
         static = bind(b.kernels.visible, support, device, match.spec.heads)
-        b.masks[key] = b.call(static, b.start, b.rows, names, loads)
+        b.masks[key] = b.call(static, start, queries, names, loads, keys)
     return b.masks[key]
 
 
@@ -229,13 +245,20 @@ def _restored(b: Builder, side: Side, made: fx.Node) -> fx.Node:
     return b.call(aten.reshape.default, made, b.sizes(fact, NEW))
 
 
+def _per_head(b: Builder, match: Recognised, load: Load, made: fx.Node) -> fx.Node:
+    """A single number, as one for each head."""
+    if load.axes is None or any(atom.size != 1 for atom in b.analyzed.fact(load.node).atoms):
+        return made
+    return b.call(aten.expand.default, made, [match.spec.heads])
+
+
 def _load(b: Builder, load: Load, axes: str = "bhij") -> fx.Node:
     """A tensor of the score, broadcastable to ``[B, H, N, S]``; a leaf of the support, as it is, over all rows.
 
     ``axes``: those of a tensor of the score that are kept; the others have size one.
     """
     fact = b.analyzed.fact(load.node)
-    if not load.axes:
+    if load.axes is None:
         demand = frozenset(fact.wide)
         built = b.build(load.node, demand)
         if len(fact.dims) == fact.real:

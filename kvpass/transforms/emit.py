@@ -17,7 +17,7 @@ from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.facts import Atom, Fact, Kind
-from kvpass.analysis.sweep import Step, arguments, sym
+from kvpass.analysis.sweep import Step, arguments, dim_of, sym
 from kvpass.transforms.plan import Demand, canonical, demand_of_operand
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _pad(c: Context) -> fx.Node:
     x: fx.Node = next(c.operands)
     b, after = c.builder, c.step.fact
     before = b.analyzed.fact(c.step.operands[0])
-    amounts, rest = list(arguments(c.node)[1]), arguments(c.node)[2:]
+    amounts, rest = [c.convert(a) for a in arguments(c.node)[1]], arguments(c.node)[2:]
     for k in range(0, len(amounts), 2):
         axis = len(before.dims) - 1 - k // 2
         old, new = _row_atom(before, axis), _row_atom(after, axis)
@@ -229,6 +229,19 @@ def _sdpa(c: Context) -> fx.Node:
     return c.builder.call(aten.scaled_dot_product_attention.default, query, key, value, **args)
 
 
+def _cat(c: Context) -> fx.Node:
+    """New rows behind what is new of a prefix of the context."""
+    pieces, b, fact = c.args()[0], c.builder, c.step.fact
+    axis = dim_of(c.node, 1) % len(fact.dims)
+    (at, *_), last = [*fact.flat(axis), None], c.step.links[-1]
+    text = b.analyzed.fact(c.step.operands[-1]).flat(axis)
+    if b.lead == 0 or at in c.everything or len(text) != 1 or last[text[0]] is None:
+        return b.call(c.node.target, pieces, axis)
+    prefix = pieces[0] if len(pieces) == 2 else b.call(c.node.target, list(pieces[:-1]), axis)
+    lo = b.number(sympy.Min(b.p, b.lead))
+    return b.call(c.node.target, [b.call(aten.slice.Tensor, prefix, axis, lo, b.number(b.lead)), pieces[-1]], axis)
+
+
 SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
@@ -246,6 +259,8 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.repeat.default: _repeat,
     aten.linear.default: _linear,
     aten.bmm.default: _bmm,
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _pad),
     aten.scaled_dot_product_attention.default: _sdpa,
     **dict.fromkeys(

@@ -14,10 +14,15 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.ir import Captured
+from kvpass.transforms.composites import decomposed
 from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.differences import distributed
 from kvpass.transforms.experts import unsorted
+from kvpass.transforms.masked import in_order
+from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
+from kvpass.transforms.spell import call
 from kvpass.transforms.writes import joined
 
 aten = torch.ops.aten
@@ -34,9 +39,11 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
-def normalise(module: fx.GraphModule) -> None:
+def normalise(captured: Captured) -> None:
     """Rewrite the graph in place; every new node carries ``meta['val']`` and the user's line."""
+    module = captured.module
     graph = module.graph
+    decomposed(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -50,10 +57,14 @@ def normalise(module: fx.GraphModule) -> None:
         elif node.target is aten.type_as.default:
             node.target, node.args = aten._to_copy.default, (arguments(node)[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype}
+        elif node.target is aten.baddbmm.default and node.kwargs.get("beta") == 0:
+            _without_bias(graph, node)
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
+    in_order(graph)
     unrolled(graph)
+    respelled(captured)
     separate(graph)
     distributed(graph)
     unsorted(graph)
@@ -73,6 +84,17 @@ def _is_identity(node: fx.Node) -> bool:
         source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
     return False
+
+
+def _without_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """A bias that is multiplied by zero is not read, whatever it holds."""
+    alpha = node.kwargs.get("alpha", 1)
+    with graph.inserting_before(node):
+        made = call(graph, node, aten.bmm.default, *arguments(node)[1:])
+        if alpha != 1:
+            made = call(graph, node, aten.mul.Tensor, made, alpha)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:

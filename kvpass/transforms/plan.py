@@ -341,7 +341,9 @@ def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]
     rows = fact.rows
     if len(rows) == 1 and fact.deps and fact.atoms[rows[0]].start.is_positive:
         yield errors.DependsOnFuture(detail=f"row i depends on row i + {fact.atoms[rows[0]].start}")
-    if len(rows) != 1 or fact.atoms[rows[0]].size != analyzed.captured.seq or fact.atoms[rows[0]].start != 0:
+    lead, seq = analyzed.captured.lead, analyzed.captured.seq
+    tables = ((-lead, seq + lead), (sympy.S.Zero, seq))  # with what stands before the first row, and without
+    if len(rows) != 1 or (fact.atoms[rows[0]].start, fact.atoms[rows[0]].size) not in tables:
         yield errors.NotIncremental(detail=f"a value of axes {fact} is not a table of one row per position")
         return
     own = rows[0]

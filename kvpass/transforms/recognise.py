@@ -7,6 +7,7 @@ is separate from caching: an attention that is not recognised still runs increme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from torch import fx
 from kvpass.analysis.facts import Fact, Fill, Kind
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
+from kvpass.transforms.heads import heads_of, keys_first
 from kvpass.transforms.sides import (
     Load,
     NotRecognised,
@@ -25,13 +27,14 @@ from kvpass.transforms.sides import (
     count,
     emptied_by_index,
     grouped,
+    hides_all,
     only_fill,
     predicate,
     side_of,
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
-from kvpass.transforms.spelled import spelled
+from kvpass.transforms.spelled import of_product, spelled
 
 aten = torch.ops.aten
 
@@ -44,17 +47,25 @@ def recognise(analyzed: Analyzed) -> tuple[dict[fx.Node, Recognised], dict[fx.No
         try:
             if node.target is aten.scaled_dot_product_attention.default:
                 found[node] = _sdpa(analyzed, node)
-            elif node.target in (*SOFTMAX, aten._safe_softmax.default) and _over_rows(node, step):
+            elif node.target in (*SOFTMAX, aten._safe_softmax.default) and (
+                step.fact.context or _over_rows(node, step)
+            ):
                 match = spelled(analyzed, node)
                 found[match.out] = match
         except NotRecognised as reason:
-            missed[node] = str(reason)
+            if node.target is aten.scaled_dot_product_attention.default or _of_scores(analyzed, node, step):
+                missed[node] = str(reason)
     return found, missed
 
 
 def _over_rows(node: fx.Node, step: Step) -> bool:
     fact = step.fact
     return any(fact.atoms[k].kind is Kind.SEQ for k in fact.flat(int(arguments(node)[1])))
+
+
+def _of_scores(analyzed: Analyzed, node: fx.Node, step: Step) -> bool:
+    """False of what chooses among experts by the context."""
+    return _over_rows(node, step) or of_product(analyzed, arguments(node)[0])
 
 
 def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
@@ -65,8 +76,12 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
         raise NotRecognised("dropout inside attention")
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
     key, value = side_of(args["key"], k, k.flat(-2), k.flat(-1)), side_of(args["value"], v, v.flat(-2), v.flat(-1))
-    key, value = grouped(analyzed, key, value)
-    result = side_of(node, analyzed.fact(node), analyzed.fact(node).flat(-2), analyzed.fact(node).flat(-1))
+    key, value, factor = grouped(analyzed, key, value)
+    out = analyzed.fact(node)
+    result = side_of(node, out, out.flat(-2), out.flat(-1))
+    heads = heads_of(out, (*result.row, *result.depth))
+    if keys_first(heads, set(analyzed.steps[node].links[1])) != heads and not args.get("enable_gqa"):
+        raise NotRecognised("the heads of the keys do not come first")
     scale = args.get("scale")
     size = count(q, query.depth)
     if isinstance(scale, fx.Node):
@@ -76,25 +91,31 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     loads: list[Load] = []
     mask = args.get("attn_mask")
     if mask is not None:
-        support, score = _mask(analyzed, node, mask, support, loads)
+        of_context = all(analyzed.fact(key.node).atoms[x].kind is Kind.FREE for x in key.row)
+        support, score = _mask(analyzed, node, mask, support, loads, of_context)
     parts = Parts(analyzed, node, query, key, value, result)
-    return parts.finish(float(scale) if scale is not None else size**-0.5, score, support, loads)
+    return parts.finish(factor * (float(scale) if scale is not None else size**-0.5), score, support, loads)
 
 
-def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load]) -> tuple[Any, Any]:
+def _mask(
+    analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads: list[Load], of_context: bool
+) -> tuple[Any, Any]:
     """A mask argument as support, or as a load that is added to the score."""
     fact = analyzed.fact(mask)
-    letters = _letters(fact, analyzed.fact(node), node)
+    letters = _letters(fact, analyzed.fact(node), analyzed.steps[node].links[3])
     if fact.dtype is torch.bool:
         return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
     added: Any = sympy.Integer(0)
     kept, fill = sympy.true, fact.fill
-    if (known := only_fill(fact)) is not None:
+    numbers = hides_all(fact) and of_context
+    if (known := only_fill(fact)) is not None and not numbers:
         kept = predicate(analyzed, known, letters, loads)
-    elif (value := closed(fact, letters)) is not None:
+    elif (value := closed(fact, letters)) is not None and not numbers:
         added, kept, fill = without_fill(value)
     else:
-        if fill in (Fill.NEG_INF, Fill.NEG):  # it stands in the load as well, so a row that it empties may keep it
+        if (
+            fill in (Fill.NEG_INF, Fill.NEG) and not numbers
+        ):  # it stands in the load as well, so a row that it empties may keep it
             inside = predicate(analyzed, fact.support, letters, loads)
             kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside) else kept
         load = Load(f"load_{mask.name}", mask, letters)
@@ -106,8 +127,9 @@ def _mask(analyzed: Analyzed, node: fx.Node, mask: fx.Node, support: Any, loads:
     return support, SCORE + added
 
 
-def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
+def _letters(fact: Fact, out: Fact, links: Sequence[int | None]) -> tuple[str, ...]:
     """The index letter of each atom of a mask ``[.., S, S]`` that is broadcast against the scores."""
+    heads = tuple(heads_of(out, (*out.flat(-2), *out.flat(-1))))
     letters: list[str] = []
     for k, dim in enumerate(fact.dims):
         place = k - len(fact.dims)
@@ -117,8 +139,11 @@ def _letters(fact: Fact, out: Fact, node: fx.Node) -> tuple[str, ...]:
             elif place == -2:
                 letters.append("i")
             else:
-                letters.append("b" if atom.kind is Kind.BATCH else "h")
-    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts:
+                beside = links[len(letters)]  # a batch of a known size is made of free entries
+                kinds = (atom.kind, None if beside is None else out.atoms[beside].kind)
+                letters.append("b" if Kind.BATCH in kinds else "h")
+    mine = count(fact, tuple(k for k, x in enumerate(letters) if x == "h"))
+    if len(fact.dims) > 4 or letters.count("h") > 1 or fact.ghosts or mine not in (1, count(out, heads)):
         raise NotRecognised(f"a mask of axes {fact}")
     return tuple(letters)
 

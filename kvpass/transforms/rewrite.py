@@ -34,7 +34,8 @@ aten = torch.ops.aten
 class Incremental:
     """The rewritten graph.
 
-    Its arguments are those of the captured graph, then ``rows`` (S) and ``start`` (P), then for each slot in order its
+    Its arguments are those of the captured graph, then ``rows`` (S) and ``start`` (P), which count a prefix of the
+    context, then for each slot in order its
     pool, block table, run and write rows (`kvpass.cache.SlotView`).
 
     Attributes:
@@ -121,7 +122,12 @@ class Builder:
             if roles[node.name] is Role.SYMBOL:
                 self.numbers.setdefault(sym(node.meta["val"]), self.inputs[node.name])
         self.rows, self.start = self.graph.placeholder("rows"), self.graph.placeholder("start")
-        self.numbers[self.captured.seq] = self.rows
+        self.lead = self.captured.lead
+        if self.lead != 0:
+            self.numbers[self.captured.seq] = self.graph.call_function(
+                operator.sub, (self.rows, self.number(self.lead))
+            )
+        self.numbers[self.captured.seq + self.lead] = self.rows
         self.p = sympy.Symbol("start", integer=True, nonnegative=True)
         self.numbers[self.p] = self.start
         self.slot_inputs = {
@@ -156,9 +162,9 @@ class Builder:
         """The entries ``[lo, hi)`` of an atom that are computed."""
         if atom.kind is not Kind.SEQ or everything or atom.size.is_number:
             return sympy.Integer(0), atom.size
-        if atom.start == 0:
+        if atom.start == -self.lead:
             return self.p, atom.size
-        return sympy.Max(self.p - atom.start, 0), atom.size
+        return sympy.Max(self.p - self.lead - atom.start, 0), atom.size
 
     def length(self, atom: Atom, everything: bool) -> sympy.Expr:
         lo, hi = self.span(atom, everything)
@@ -288,13 +294,26 @@ class Builder:
     def pool(self, slot: Slot) -> fx.Node:
         """The slot's pool after the new rows were written."""
         if slot.name not in self.written:
-            rows = self.build(slot.node, NEW)
+            rows = self._behind_prefix(slot, self.build(slot.node, NEW))
             outer, self.current = self.current, slot.node
             flat = self._to_rows(slot, rows)
             pool, _, _, place = self.slot_inputs[slot.name]
             self.written[slot.name] = self.call(self.kernels.append, pool, flat, place, len(slot.before))
             self.current = outer
         return self.written[slot.name]
+
+    def skipped(self, slot: Slot) -> sympy.Expr:
+        """How many rows of a slot stand for a prefix that its value does not have."""
+        fact = self.analyzed.fact(slot.node)
+        return self.lead + fact.atoms[fact.rows[0]].start
+
+    def _behind_prefix(self, slot: Slot, value: fx.Node) -> fx.Node:
+        """The new rows of a value, behind zeros where the prefix has new rows and the value has none."""
+        missing = sympy.Max(self.skipped(slot) - self.p, 0)
+        if self.skipped(slot) == 0:
+            return value
+        axes = len(self.analyzed.fact(slot.node).dims) - slot.row - 1
+        return self.call(aten.constant_pad_nd.default, value, [*(0 for _ in range(2 * axes)), self.number(missing), 0])
 
     def _to_rows(self, slot: Slot, value: fx.Node) -> fx.Node:
         """``[.., S, ..]`` in the captured axes to ``[*before, B * N, *after]``."""
@@ -312,6 +331,9 @@ class Builder:
         pool = self.pool(slot)
         _, table, run, _ = self.slot_inputs[slot.name]
         dense = self.call(self.kernels.read, pool, table, run, self.rows, len(slot.before))  # [B, *before, S, *after]
+        if self.skipped(slot) != 0:
+            first = self.number(self.skipped(slot))
+            dense = self.call(aten.slice.Tensor, dense, 1 + len(slot.before), first, self.rows)
         fact = self.analyzed.fact(slot.node)
         if slot.batch in (None, 0):
             return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(fact.wide)))
@@ -337,6 +359,10 @@ _FUNCTIONS: dict[Any, Any] = {
     torch_sympy.Max: max,
     torch_sympy.Min: min,
     torch_sympy.FloorDiv: operator.floordiv,
+    sympy.Mod: operator.mod,
+    torch_sympy.Mod: operator.mod,
+    torch_sympy.PythonMod: operator.mod,
+    torch_sympy.CleanDiv: operator.floordiv,
     torch_sympy.ToFloat: float,
     torch_sympy.IntTrueDiv: operator.truediv,
     torch_sympy.FloatTrueDiv: operator.truediv,

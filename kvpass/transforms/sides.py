@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,11 @@ from sympy import Piecewise
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.expressions import branches, number, simplify
+from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify
 from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
-from kvpass.analysis.sweep import Analyzed
+from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
-from kvpass.ir import Attention, B, H, I, J, Read
+from kvpass.ir import SCORE, Attention, B, H, I, J, Read
 from kvpass.transforms.plan import MOVES, UNITS
 
 aten = torch.ops.aten
@@ -41,16 +42,19 @@ class Side:
 class Load:
     """A tensor that the score expression or the support reads, as ``name(b, h, i, j)``.
 
-    ``axes``: for each flat atom of the node's fact, the letter of the index it follows.
+    ``axes``: for each flat atom of the node's fact, the letter of the index it follows; None for a leaf of a support.
     """
 
     name: str
     node: fx.Node
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] | None
 
     def read(self, fact: Fact) -> Read:
+        if self.axes is None:
+            return Read(self.name, fact.dtype)
         kept = {x for x, atom in zip(self.axes, fact.atoms, strict=False) if atom.size != 1}
-        return Read(self.name, fact.dtype, "".join(x for x in "bhij" if x in kept))
+        # A single number is read as one for each head: a read without axes is one of a support.
+        return Read(self.name, fact.dtype, "".join(x for x in "bhij" if x in (kept or "h")))
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,27 @@ _LONGEST = 40  # ops of a closed form that is cheaper to compute for each score 
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
-def only_fill(fact: Fact) -> Any:
-    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside."""
-    if fact.expr is None:
+def hides_all(fact: Fact) -> bool:
+    """True of a finite fill by which the contents of a context may hide all its keys: what is then a mean over all of
+    them is an answer like any other, so that the mask stays what it is, numbers.
+
+    (Of rows that see no row the answer has no meaning: `Fact.valid`.)
+    """
+    return fact.fill is Fill.NEG and bool(fact.support.atoms(AppliedUndef))
+
+
+def only_fill(fact: Fact, sign: int = 1) -> Any:
+    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside.
+
+    Args:
+        sign: -1 for a mask that is taken off.
+    """
+    expr = fact.expr if sign > 0 or fact.expr is None else apply(operator.neg, fact.expr)
+    if expr is None:
         return None
-    values = {val for val, _ in branches(number(fact.expr))}
+    values = {val for val, _ in branches(number(expr))}
     low = {val for val in values if val.is_number and Fill.of(val) in (Fill.NEG_INF, Fill.NEG)}
-    known = support_of(fact.expr)
+    known = support_of(expr)
     return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
 
 
@@ -124,6 +142,15 @@ def without_fill(value: Any) -> tuple[Any, Any, Fill | None]:
     return Piecewise(*inside[:-1], (inside[-1][0], True)), simplify(sympy.Not(sympy.Or(*outside))), fill
 
 
+def inside(score: Any, support: Any) -> Any:
+    """A score where it matters: choices that the support has made are made."""
+    for choice in score.atoms(Piecewise):
+        kept = [val for val, cond in branches(choice) if not contradicts(sympy.And(support, cond))]
+        if len(kept) == 1:
+            score = score.xreplace({choice: kept[0]})
+    return score
+
+
 def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:
     """A predicate over a mask's atoms as one over ``b h i j``; leaf functions become loads."""
     if expr is None:
@@ -136,7 +163,7 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
         if all(load.name != name for load in loads):
-            loads.append(Load(name, by_name[name], ()))
+            loads.append(Load(name, by_name[name], None))
     return expr
 
 
@@ -154,34 +181,73 @@ def count(fact: Fact, atoms: tuple[int, ...]) -> int:
     return int(sympy.Mul(*(fact.atoms[k].size for k in atoms)))
 
 
-def grouped(analyzed: Analyzed, key: Side, value: Side) -> tuple[Side, Side]:
-    """Keys and values before their heads were repeated; where one has fewer heads then, it stays as it is."""
-    before = unrepeated(analyzed, key), unrepeated(analyzed, value)
-    of_key, of_value = (count(analyzed.fact(side.node), side.heads) for side in before)
-    return before[0] if of_key >= of_value else key, before[1] if of_value >= of_key else value
+def grouped(analyzed: Analyzed, key: Side, value: Side) -> tuple[Side, Side, float]:
+    """Keys and values before their heads were repeated, and the number that the keys were multiplied by afterwards.
+
+    Where one of the two has fewer heads then, it stays as it is.
+    """
+    (keys, factor), values = unrepeated_key(analyzed, key), unrepeated(analyzed, value)
+    of_key, of_value = (count(analyzed.fact(side.node), side.heads) for side in (keys, values))
+    if of_key < of_value:
+        keys, factor = key, 1.0
+    return keys, values if of_value >= of_key else value, factor
 
 
 def unrepeated(analyzed: Analyzed, side: Side) -> Side:
-    """The same operand before its heads were repeated; the repeated atoms become the group.
+    """The same operand before its heads were repeated; the repeated atoms become the group."""
+    return _unrepeated(analyzed, side, lambda _: None)[0]
 
-    ``[K, ~G]`` (``repeat_interleave``, ``expand``) is the layout in which query head ``h`` reads head ``h // G``; only
-    that one is taken apart.
+
+def unrepeated_key(analyzed: Analyzed, side: Side) -> tuple[Side, float]:
+    """The same for keys, and the number that they were multiplied by after they had been repeated."""
+    return _unrepeated(analyzed, side, factor_of)
+
+
+def factor_of(node: fx.Node) -> float | None:
+    """The number by which an op multiplies its only operand."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
+        return None
+    number = arguments(node)[1]
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number == 0:
+        return None
+    return float(number) if node.target is aten.mul.Tensor else 1.0 / number
+
+
+def _unrepeated(analyzed: Analyzed, side: Side, factor: Callable[[fx.Node], float | None]) -> tuple[Side, float]:
+    """Heads of ``[K, ~G]``, as ``repeat_interleave`` and ``expand`` make them, are taken apart; no others: query head
+    ``h`` reads head ``h // G``.
     """
     fact = analyzed.fact(side.node)
     repeated = [k for k in side.heads if fact.atoms[k].bcast]
     kept = [k for k in side.heads if not fact.atoms[k].bcast]
     if not repeated or list(side.heads) != kept + repeated:
-        return side
-    node, place = side.node, {k: k for k in _real(fact) if k not in repeated}
+        return side, 1.0
+    node, place, scale = side.node, {k: k for k in _real(fact) if k not in repeated}, 1.0
     found = False
     # To the nearest one, but for axes of size one: what is stored is no nearer to the inputs.
-    while node.target in LAYOUT and (not found or node.target in UNITS):
+    while node.target in UNITS or (not found and (node.target in LAYOUT or factor(node) is not None)):
+        scale *= factor(node) or 1.0
         before = _before(analyzed, node, place)
         if before is None:
             break
         node, place = before
         found = len(_real(analyzed.fact(node))) == len(place)
-    return _moved(analyzed, side, node, place, tuple(repeated)) if found else side
+    return (_moved(analyzed, side, node, place, tuple(repeated)), scale) if found else (side, 1.0)
+
+
+def narrow(analyzed: Analyzed, side: Side) -> Side:
+    """The same operand before it was cast to float32, in which kernels sum up the products of half precision anyway."""
+    node, place = side.node, {k: k for k in _real(analyzed.fact(side.node))}
+    if analyzed.fact(node).dtype is not torch.float32:
+        return side
+    while node.target in (*LAYOUT, aten._to_copy.default):
+        before = _before(analyzed, node, place)
+        if before is None:
+            break
+        node, place = before
+        if analyzed.fact(node).dtype in (torch.bfloat16, torch.float16):
+            return _moved(analyzed, side, node, place, side.group)
+    return side
 
 
 def at_stored(analyzed: Analyzed, side: Side, stored: Callable[[fx.Node], bool]) -> Side:
@@ -238,13 +304,12 @@ class Parts:
     value: Side
     result: Side
 
-    def _all_rows(self, fact: Fact, side: Side) -> bool:
+    def _counted(self, fact: Fact, side: Side) -> bool:
+        """True where entry ``k`` is what ``i`` or ``j`` is for: row ``k``, or the ``k``-th of the context."""
         rows = [fact.atoms[k] for k in side.row]
-        return (
-            len(rows) == 1
-            and rows[0].kind is Kind.SEQ
-            and (rows[0].start, rows[0].size) == (0, self.analyzed.captured.seq)
-        )
+        captured = self.analyzed.captured
+        whole = (-captured.lead, captured.seq + captured.lead)
+        return len(rows) == 1 and (rows[0].kind is Kind.FREE or (rows[0].start, rows[0].size) == whole)
 
     def finish(
         self,
@@ -260,13 +325,18 @@ class Parts:
         q, k, v = fact(self.query.node), fact(self.key.node), fact(self.value.node)
         heads = count(q, self.query.heads)
         kv_heads, value_heads = count(k, self.key.heads), count(v, self.value.heads)
+        if count(fact(self.out), self.result.heads) != heads:
+            raise NotRecognised("the result has other heads than the queries")
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
             raise NotRecognised(f"{heads} query heads over {kv_heads} key heads and {value_heads} value heads")
         dtypes = {q.dtype, k.dtype, v.dtype}
         if len(dtypes) != 1 and softmax_dtype is None:
             raise NotRecognised("operands of several dtypes")
+        sizes = (score.free_symbols | support.free_symbols) - {SCORE, B, H, I, J}
+        if sizes:
+            raise NotRecognised(f"a mask that speaks of the size {min(map(str, sizes))}")
         of_rows = score.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Integer(0)).has(I, J)
-        if (support != sympy.true or of_rows) and not (self._all_rows(q, self.query) and self._all_rows(k, self.key)):
+        if (support != sympy.true or of_rows) and not (self._counted(q, self.query) and self._counted(k, self.key)):
             raise NotRecognised("a mask over something else than all rows of the sequence")  # it speaks of rows
         spec = Attention(
             heads=heads,

@@ -11,8 +11,6 @@ ATen's safe softmax.
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
@@ -47,7 +45,7 @@ def sink_of(analyzed: Analyzed, product: fx.Node, softmax: fx.Node) -> fx.Node |
 
 
 def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
-    joined = _before_shift(*arguments(softmax)[:2])
+    joined = arguments(softmax)[0]
     value = softmax.meta["val"]
     axis = arguments(softmax)[1] % value.dim()
     if joined.target in _PADS:
@@ -127,23 +125,6 @@ def _of_heads(graph: fx.Graph, like: fx.Node, scores: fx.Node, number: float) ->
     """One entry for each head of scores ``[B, .., S, S]``."""
     shape = [1, *(d if isinstance(d, int) else 1 for d in scores.meta["val"].shape[1:-2]), 1, 1]
     return call(graph, like, aten.new_full.default, scores, shape, number)
-
-
-def _before_shift(x: fx.Node, axis: int) -> fx.Node:
-    """What the maximum along the axis was taken from, which a softmax does not notice."""
-    if x.target is not aten.sub.Tensor or len(arguments(x)) != 2 or x.kwargs:
-        return x
-    whole, top = arguments(x)
-    if not isinstance(top, fx.Node):
-        return x
-    if top.target is operator.getitem and arguments(top)[1] == 0:
-        top = arguments(top)[0]
-    if top.target not in (aten.max.dim, aten.amax.default) or arguments(top)[0] is not whole:
-        return x
-    rank = whole.meta["val"].dim()
-    axes = arguments(top)[1] if isinstance(arguments(top)[1], (list, tuple)) else [arguments(top)[1]]
-    kept = len(arguments(top)) > 2 and arguments(top)[2]
-    return whole if kept and [a % rank for a in axes] == [axis % rank] else x
 
 
 def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -17,3 +18,14 @@ def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any,
 
     node.meta = {**like.meta, "val": target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))}
     return node
+
+
+def same(a: Any, b: Any, depth: int = 8) -> bool:
+    """True where two values are one, or the same ops on the same values."""
+    if a is b or not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return a is b or (type(a) is type(b) and bool(a == b))
+    if depth == 0 or a.op != "call_function" or b.op != a.op or a.target is not b.target or a.kwargs != b.kwargs:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
+    return len(a.args) == len(b.args) and all(same(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))

@@ -13,6 +13,9 @@ from kvpass.analysis.facts import Fact, Fill, Kind, index, product
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step, arguments
 from kvpass.ir import SCORE, B, H, I, J
+from kvpass.transforms.ahead import Ahead, forward, packet
+from kvpass.transforms.heads import arranged, carried, heads_of, keys_first
+from kvpass.transforms.plan import MOVES
 from kvpass.transforms.sides import (
     LAYOUT,
     PRODUCTS,
@@ -25,11 +28,13 @@ from kvpass.transforms.sides import (
     closed,
     emptied_by_index,
     grouped,
+    hides_all,
+    inside,
+    narrow,
     only_fill,
     predicate,
     side_of,
 )
-from kvpass.transforms.sinks import sink_of
 
 aten = torch.ops.aten
 
@@ -43,26 +48,15 @@ def spelled(analyzed: Analyzed, softmax: fx.Node) -> Recognised:
     (key_atom,) = axis
     walk = _Walk(analyzed, softmax, key_atom)
     product, score = walk.back(arguments(softmax)[0], tuple(range(len(fact.atoms))))
-    out, weights_at, sink = _forward(analyzed, softmax)
-    return walk.match(product, score, out, weights_at, sink)
+    return walk.match(product, score, forward(analyzed, softmax))
 
 
-def _forward(analyzed: Analyzed, softmax: fx.Node) -> tuple[fx.Node, int, fx.Node | None]:
-    """The contraction with the values, which of its operands the weights are, and a sink that joins them."""
-    node, sink = softmax, None
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            raise NotRecognised("the weights are used more than once")
-        user = users[0]
-        if user.target in PRODUCTS and user.target is not aten.baddbmm.default:
-            return user, analyzed.steps[user].operands.index(node), sink
-        if node is softmax and (sink := sink_of(analyzed, user, softmax)) is not None:
-            node = user
-            continue
-        if user.target not in (aten._to_copy.default, *LAYOUT):
-            raise NotRecognised(f"the weights pass through {user.target}")
-        node = user
+def of_product(analyzed: Analyzed, node: fx.Node) -> bool:
+    """True where a product is found among what a value is computed from by ops on scores."""
+    if node.target in PRODUCTS:
+        return True
+    passed = node.target in LAYOUT or packet(node) == "_to_copy" or packet(node) in _POINTWISE
+    return passed and any(of_product(analyzed, operand) for operand in analyzed.steps[node].operands)
 
 
 class _Walk:
@@ -72,8 +66,16 @@ class _Walk:
         self.analyzed, self.softmax, self.key_atom = analyzed, softmax, key_atom
         self.fact = analyzed.fact(softmax)
         self.loads: list[Load] = []
-        self.row_atom = next((k for k in self.fact.rows if k != key_atom), None)
+        self.by_head: list[list[int]] = []
+        self.moved = False
+        self.of_context = self.fact.atoms[key_atom].kind is Kind.FREE
+        self.row_atom = next((k for k in self.fact.rows if k != key_atom), self._before_keys())
         self.scores_from: tuple[int | None, ...] = ()
+
+    def _before_keys(self) -> int | None:
+        """The axis of queries of the context: the one before the keys."""
+        *_, queries, keys = [[], *(list(self.fact.flat(d)) for d in range(len(self.fact.dims)))]
+        return queries[0] if self.of_context and len(queries) == 1 and keys == [self.key_atom] else None
 
     def back(self, node: fx.Node, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
         """``(product, score)``: ``at`` says which atom of the softmax each atom of ``node`` is."""
@@ -81,8 +83,9 @@ class _Walk:
         if node.target in PRODUCTS:
             self.scores_from = at
             return node, self.biased(node, step, at) if node.target is aten.baddbmm.default else SCORE
-        handler = _POINTWISE.get(_packet(node))
-        if node.target in LAYOUT or _packet(node) == "_to_copy":
+        handler = _POINTWISE.get(packet(node))
+        self.moved |= node.target in MOVES
+        if node.target in LAYOUT or packet(node) == "_to_copy":
             return self.back(step.operands[0], _compose(step, 0, at))
         if handler is None:
             raise NotRecognised(f"the scores come from {node.target}")
@@ -94,7 +97,7 @@ class _Walk:
         bias = step.operands[0]
         if beta == 0:
             return alpha * SCORE
-        if only_fill(self.analyzed.fact(bias)) is not None:
+        if only_fill(self.analyzed.fact(bias)) is not None and not self.stays(bias):
             return alpha * SCORE  # in the support already
         return alpha * SCORE + beta * self.load(bias, step, 0, at)
 
@@ -103,9 +106,7 @@ class _Walk:
 
     def scores_operand(self, step: Step, at: tuple[int | None, ...]) -> int:
         """The operand that depends on rows along both the query and the key axis; of several, a product of the two."""
-        heavy = [
-            k for k, op in enumerate(step.operands) if len(self.analyzed.fact(op).rows) >= 2 and not self.is_mask(op)
-        ]
+        heavy = [k for k, op in enumerate(step.operands) if self.is_scores(op)]
         found = heavy if len(heavy) == 1 else [k for k in heavy if self.leads_to_a_product(step, k, at)]
         if not found:
             raise NotRecognised("it is not clear which operand holds the scores")
@@ -121,6 +122,15 @@ class _Walk:
         finally:
             self.loads[:] = before
         return True
+
+    def is_scores(self, node: fx.Node) -> bool:
+        if self.of_context:  # whose scores need not depend on a row
+            return of_product(self.analyzed, node)
+        return len(self.analyzed.fact(node).rows) >= 2 and not self.is_mask(node)
+
+    def stays(self, mask: fx.Node) -> bool:
+        """True of a mask that is added as the numbers it holds."""
+        return self.of_context and hides_all(self.analyzed.fact(mask))
 
     def is_mask(self, node: fx.Node) -> bool:
         fact = self.analyzed.fact(node)
@@ -139,6 +149,8 @@ class _Walk:
                 raise NotRecognised(f"{node.name} is combined with the scores along another axis")
             letters.append(names[place])
             del atom
+        by_head = [place for place, x in zip(composed, letters, strict=True) if x == "h" and place is not None]
+        self.by_head += [by_head] if by_head else []
         known = closed(fact, letters)
         if known is not None:
             return known
@@ -162,11 +174,11 @@ class _Walk:
         """The support of the scores that enter the softmax, over ``b h i j``."""
         source = arguments(self.softmax)[0]
         fact = self.analyzed.fact(source)
-        if fact.fill is None:
+        if fact.fill is None or self.stays(source):
             return sympy.true
         letters = tuple(name or "h" for name in self.names())
         heads = [k for k, name in enumerate(letters) if name == "h" and index(k) in fact.support.free_symbols]
-        if len(heads) > 1:
+        if heads and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
             raise NotRecognised("the mask differs by head")
         support = predicate(self.analyzed, fact.support, letters, self.loads)
         if fact.fill is Fill.NEG and emptied_by_index(support):
@@ -179,73 +191,88 @@ class _Walk:
         along = [{x for atom, x in zip(dim, letters, strict=False) if atom.size != 1} for dim in self.fact.dims]
         sizes = [product(dim) for dim in fact.dims]
         wanted = [product(dim) if x == {"h"} else 1 for x, dim in zip(along, self.fact.dims, strict=True)]
-        if sizes != wanted or fact.ghosts:
+        if sizes != wanted or fact.ghosts or self.softmax_order != sorted(self.softmax_order):
             raise NotRecognised(f"a sink of axes {fact}")
         load = Load(f"load_{node.name}", node, ("h",) * len(fact.atoms))
         self.loads.append(load)
         return load.name
 
-    def match(
-        self, product: fx.Node, score: Any, out: fx.Node, weights_at: int, sink: fx.Node | None = None
-    ) -> Recognised:
+    def match(self, product: fx.Node, score: Any, ahead: Ahead) -> Recognised:
         q, k = self._query_and_key(product)
-        value, result = self._value(out, weights_at)
-        parts = Parts(self.analyzed, out, q, *grouped(self.analyzed, k, value), result)
+        value, result = self._value(ahead)
+        dtype = self.analyzed.fact(value.node).dtype
+        q, k = self._narrowed(q, k, dtype)
+        key, value, scale = grouped(self.analyzed, k, value)
+        q, key = self._narrowed(q, key, dtype)
+        parts = Parts(self.analyzed, ahead.out, q, key, value, result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
-        strict = strict and self.softmax.target is not aten._safe_softmax.default
+        strict = strict and self.softmax.target is not aten._safe_softmax.default and not ahead.zeroed
         dtype = self.softmax.meta["val"].dtype
-        name = None if sink is None else self.sink(sink)
+        name = None if ahead.sink is None else self.sink(ahead.sink)
         empty_is_nan = strict and not always_keeps_a_key(support)
-        return parts.finish(1.0, score, support, self.loads, dtype, empty_is_nan, name)
+        if empty_is_nan and ahead.unsure:
+            raise NotRecognised("a row without keys that is partly set to zero")
+        return parts.finish(scale, inside(score, support), support, self.loads, dtype, empty_is_nan, name)
+
+    def _narrowed(self, query: Side, key: Side, dtype: torch.dtype) -> tuple[Side, Side]:
+        """Queries and keys as they were before both were cast up from the type of the values."""
+        sides = narrow(self.analyzed, query), narrow(self.analyzed, key)
+        return sides if all(self.analyzed.fact(side.node).dtype is dtype for side in sides) else (query, key)
 
     def _query_and_key(self, product: fx.Node) -> tuple[Side, Side]:
         step = self.analyzed.steps[product]
         first = 1 if product.target is aten.baddbmm.default else 0
-        sides = []
+        found = {}
         for k in (first, first + 1):
-            node = step.operands[k]
-            fact = self.analyzed.fact(node)
+            fact = self.analyzed.fact(step.operands[k])
             place = [None if p is None else self.scores_from[p] for p in step.links[k]]
-            row = [
-                a for a, p in enumerate(place) if p in (self.row_atom, self.key_atom) and fact.atoms[a].kind is Kind.SEQ
-            ]
-            depth = _contracted(product, step, fact, k - first)
+            ends = (self.row_atom, self.key_atom)
+            row = [a for a, p in enumerate(place) if p is not None and p in ends]
+            row = row if self.of_context else [a for a in row if fact.atoms[a].kind is Kind.SEQ]
             if len(row) != 1 or place[row[0]] is None:
                 raise NotRecognised("an operand of the scores has no single row axis")
-            sides.append((place[row[0]], side_of(node, fact, row, depth, self._head_order(fact, row, depth, place))))
-        by_row = dict(sides)
-        if set(by_row) != {self.row_atom, self.key_atom}:
+            found[place[row[0]]] = k, row
+        if set(found) != {self.row_atom, self.key_atom}:
             raise NotRecognised("the scores are not a product of queries and keys")
-        return by_row[self.row_atom], by_row[self.key_atom]
+        self._order(step, found[self.key_atom][0])
+        query, key = (self._factor(product, k, first, row) for k, row in (found[self.row_atom], found[self.key_atom]))
+        return query, key
 
-    def _head_order(self, fact: Fact, row: list[int], depth: list[int], place: list[int | None]) -> list[int]:
-        free = [a for a, atom in enumerate(fact.atoms) if atom.kind is Kind.FREE and a not in row and a not in depth]
-        return _in_order(free, place)
+    def _order(self, step: Step, key: int) -> None:
+        """The order of the heads in the product, and in the softmax."""
+        ends = [a for a, p in enumerate(self.scores_from) if p in (self.row_atom, self.key_atom)]
+        self.order = keys_first(heads_of(step.fact, ends), set(step.links[key]))
+        there = heads_of(self.fact, (self.row_atom, self.key_atom))
+        self.softmax_order = carried(self.order, self.scores_from, self.moved, there)
+        if any(atoms != self.softmax_order for atoms in self.by_head):  # a head is one number
+            raise NotRecognised("something is read by some axes of the heads, or in another order")
 
-    def _value(self, out: fx.Node, weights_at: int) -> tuple[Side, Side]:
+    def _factor(self, product: fx.Node, k: int, first: int, row: list[int]) -> Side:
+        step = self.analyzed.steps[product]
+        fact = self.analyzed.fact(step.operands[k])
+        depth = _contracted(product, step, fact, k - first)
+        heads = arranged(heads_of(fact, (*depth, *row)), step.links[k], self.order)
+        return side_of(step.operands[k], fact, row, depth, heads)
+
+    def _value(self, ahead: Ahead) -> tuple[Side, Side]:
+        out, other = ahead.out, 1 - ahead.weights_at
         step, result = self.analyzed.steps[out], self.analyzed.fact(out)
-        other = 1 - weights_at
         node = step.operands[other]
         fact, links = self.analyzed.fact(node), step.links[other]
-        row = [a for a in fact.rows if links[a] is None]
-        mine = set(step.links[weights_at])
+        row = [a for a in (_contracted(out, step, fact, other) if self.of_context else fact.rows) if links[a] is None]
         depth = _own_axes(out, step, fact, other)
         if len(row) != 1 or len(depth) != 1 or links[depth[0]] is None:
             raise NotRecognised("the values have no single row axis")
-        heads = [a for a in range(len(fact.atoms)) if fact.atoms[a].kind is Kind.FREE and a not in depth]
-        heads = _in_order(heads, list(links))
-        rows = [k for k in result.rows if k in mine]
+        rows = [k for k in result.rows if k in step.links[ahead.weights_at]]
+        if not rows and self.row_atom is not None and (place := ahead.places[self.row_atom]) is not None:
+            rows = [place]
         if len(rows) != 1:
             raise NotRecognised("the result has no single row axis")
-        return side_of(node, fact, row, depth, heads), side_of(out, result, rows, [links[depth[0]]])
-
-
-def _in_order(heads: list[int], place: list[int | None]) -> list[int]:
-    """Head atoms in the order of the scores; one that was split there keeps its own place."""
-    if any(place[a] is None for a in heads):
-        return heads
-    return sorted(heads, key=lambda a: place[a] or 0)
+        size = [links[depth[0]]]
+        order = carried(self.softmax_order, ahead.places, ahead.moved, heads_of(result, (*size, *rows)))
+        value = side_of(node, fact, row, depth, arranged(heads_of(fact, (*depth, *row)), links, order))
+        return value, side_of(out, result, rows, size, order)
 
 
 def _specs(node: fx.Node, step: Step) -> tuple[list[list[str]], list[str]]:
@@ -269,11 +296,6 @@ def _own_axes(node: fx.Node, step: Step, fact: Fact, k: int) -> list[int]:
     return [a for axis, n in enumerate(specs[k]) if n in out and n not in specs[1 - k] for a in fact.flat(axis)]
 
 
-def _packet(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", node.target))
-
-
 def _compose(step: Step, k: int, at: tuple[int | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if link is None else at[link] for link in step.links[k])
 
@@ -286,7 +308,7 @@ def _number(arg: Any) -> Any:
 
 def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
     """Multiplication and division by a number or by a tensor of the score's indices."""
-    divide = _packet(node) in ("div", "true_divide")
+    divide = packet(node) in ("div", "true_divide")
     if len(step.operands) == 1:
         if arguments(node)[0] is not step.operands[0] and divide:
             raise NotRecognised("a number divided by the scores")
@@ -302,7 +324,7 @@ def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
 
 
 def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
-    sign = -1 if _packet(node) == "sub" else 1
+    sign = -1 if packet(node) == "sub" else 1
     if node.kwargs.get("alpha", 1) != 1:
         raise NotRecognised("a sum with alpha")
     if len(step.operands) == 1:
@@ -315,13 +337,29 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
     other = step.operands[1 - k]
-    if only_fill(walk.analyzed.fact(other)) is not None:
+    if only_fill(walk.analyzed.fact(other), sign) is not None and not walk.stays(other):
         return product, score  # in the support already
     return product, score + sign * walk.load(other, step, 1 - k, at)
 
 
+def _floored(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
+    """A floor under the scores: a number, or a tensor that holds one."""
+    k = 0 if len(step.operands) == 1 else walk.scores_operand(step, at)
+    given: Any = arguments(node)[1]
+    if len(arguments(node)) > 2 or node.kwargs:
+        raise NotRecognised("scores between two bounds")
+    if len(step.operands) > 1:
+        value = walk.analyzed.fact(step.operands[1 - k]).expr
+        given = float(value) if value is not None and value.is_number else None
+    product, score = walk.into(step, k, at)
+    floor = _number(given)
+    return product, score if floor <= torch.finfo(node.meta["val"].dtype).min else sympy.Max(score, floor)
+
+
 def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
     """``masked_fill`` and ``where`` with a fill that the support knows."""
+    if walk.stays(node):
+        raise NotRecognised("a finite fill by which the context may hide all its keys")
     if walk.analyzed.fact(node).fill not in (Fill.NEG_INF, Fill.NEG):
         raise NotRecognised("the scores are replaced by a number that is no mask")
     return walk.into(step, walk.scores_operand(step, at), at)
@@ -331,7 +369,7 @@ def _unary(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
     product, score = walk.into(step, 0, at)
     if walk.analyzed.fact(step.operands[0]).fill is not None:
         raise NotRecognised(f"{node.target} after the mask")
-    return product, {"tanh": sympy.tanh, "neg": lambda x: -x}[_packet(node)](score)
+    return product, {"tanh": sympy.tanh, "neg": lambda x: -x}[packet(node)](score)
 
 
 _POINTWISE: dict[str, Callable[..., tuple[fx.Node, Any]]] = {
@@ -342,6 +380,7 @@ _POINTWISE: dict[str, Callable[..., tuple[fx.Node, Any]]] = {
     "sub": _added,
     "masked_fill": _masked,
     "where": _masked,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _floored),
     "tanh": _unary,
     "neg": _unary,
 }

@@ -1,8 +1,8 @@
 """Writes into parts of a tensor, as functional graphs spell them: joins of what is old and what is new.
 
 ``x[..., a:b] = y`` arrives as ``slice_scatter(x, copy(x[..., a:b], y), a, b)``, which is
-``cat([x[..., :a], y, x[..., b:]])``. A tensor of which every part is written is joined from what was written alone: how
-it was made, uninitialised perhaps, is forgotten.
+``cat([x[..., :a], y, x[..., b:]])``, and ``x[mask] = 0`` is ``where(mask, 0, x)``. A tensor of which every part is
+written is joined from what was written alone: how it was made, uninitialised perhaps, is forgotten.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kvpass.analysis.sweep import arguments, sym
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
+_LAST = 2**63 - 1
 _JOINS = (aten.cat.default, aten.concat.default)
 
 
@@ -28,6 +29,8 @@ def joined(graph: fx.Graph) -> None:
             node.target = aten.copy.default
         if node.target is aten.copy.default:
             _copy(graph, node)
+        elif node.target is aten.index_put.default:
+            _chosen(graph, node)
         elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
             _scatter(graph, node)
     for node in list(graph.nodes):
@@ -52,12 +55,35 @@ def _copy(graph: fx.Graph, node: fx.Node) -> None:
     _replace(graph, node, made)
 
 
+def _chosen(graph: fx.Graph, node: fx.Node) -> None:
+    """``x[.., mask] = number`` is a choice between the two."""
+    x, indices, value, *accumulate = arguments(node)
+    masks = [k for k, i in enumerate(indices) if i is not None]
+    if len(masks) != 1 or any(accumulate) or node.kwargs or not _is_number(value):
+        return
+    (at,) = masks
+    mask = indices[at]
+    if mask.meta["val"].dtype is not torch.bool or value.meta["val"].dtype != x.meta["val"].dtype:
+        return
+    with graph.inserting_before(node):
+        for _ in range(x.meta["val"].dim() - at - mask.meta["val"].dim()):
+            mask = call(graph, node, aten.unsqueeze.default, mask, -1)
+        made = call(graph, node, aten.where.self, mask, call(graph, node, aten.reshape.default, value, []), x)
+    _replace(graph, node, made)
+
+
+def _is_number(value: fx.Node) -> bool:
+    return all(size == 1 for size in value.meta["val"].shape)
+
+
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     base, new = arguments(node)[:2]
     given, value = _given(node), node.meta["val"]
     dim = given.get("dim", 0) % value.dim()
     size = value.shape[dim]
     if not isinstance(size, int):
+        if _is_everything(given, value, new.meta["val"]):
+            _replace(graph, node, new)
         return
     if given.get("step", 1) != 1:
         _interleave(graph, node, dim, size, given["step"])
@@ -71,6 +97,13 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
         pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
         made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
     _replace(graph, node, made)
+
+
+def _is_everything(given: dict[str, Any], value: Any, new: Any) -> bool:
+    """``x[:] = y`` along an axis of unknown length."""
+    ends = given.get("start") in (None, 0) and given.get("end") in (None, _LAST) and given.get("step", 1) == 1
+    same = [sym(d) for d in value.shape] == [sym(d) for d in new.shape] and value.dtype == new.dtype
+    return "index" not in given and ends and same
 
 
 def _given(node: fx.Node) -> dict[str, Any]:

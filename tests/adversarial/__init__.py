@@ -1,8 +1,7 @@
 """Models that break causality, or the independence of the texts in a batch, in one small place each."""
 
-from tests.adversarial import batches, lengths, masks, recurrences, rows
+from tests.adversarial import batches, lengths, masks, near_misses, normalisers, recurrences, rows
 from tests.adversarial.base import Breaks, Case, Model
-from tests.adversarial.near_misses import NEAR_MISSES
 
 FUTURE, LENGTH, BATCH, CHANCE = "KV202", "KV203", "KV204", "KV205"
 UNKNOWN, EMPTY, SHAPE, NOT_INCREMENTAL = "KV201", "KV206", "KV207", "KV208"
@@ -12,6 +11,8 @@ STATIC, BREAK = "KV101", "KV104"
 def _cases(breaks: Breaks, codes: tuple[str, ...], *models: type[Model]) -> tuple[Case, ...]:
     return tuple(Case(model, breaks, frozenset(codes)) for model in models)
 
+
+NEAR_MISSES: tuple[type[Model], ...] = (*near_misses.NEAR_MISSES, *normalisers.CAUSAL)
 
 CASES: tuple[Case, ...] = (
     *_cases(
@@ -44,6 +45,8 @@ CASES: tuple[Case, ...] = (
         rows.TokenMixing,
     ),
     *_cases("future", (EMPTY,), masks.EmptiedRow),
+    # A maximum over queries combines whole matrices of pairs.
+    *_cases("future", (FUTURE, NOT_INCREMENTAL), *normalisers.NOT_CAUSAL),
     # Whole matrices of pairs are combined: the future is in them, and they cannot be cut into rows.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), masks.WrongSoftmaxAxis, masks.MaxOverAllScores),
     *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.WindowsAhead),

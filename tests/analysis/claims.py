@@ -203,7 +203,7 @@ def _by_batch(base: Values) -> Iterator[Problem]:
     swapped = Values(base.analyzed, exchanged, base.batch, base.rows)
     changed = Values(base.analyzed, first, base.batch, base.rows)
     for (node, fact, a), (_, _, b), (_, _, c) in zip(_facts(base), _facts(swapped), _facts(changed), strict=True):
-        if fact.batch is not None or fact.random is not None:
+        if fact.batch is not None or fact.together is not None or fact.random is not None:
             continue
         x, y, z = (base.by_atom(fact, t) for t in (a, b, c))
         kept = base.meaningful(fact)

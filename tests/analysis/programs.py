@@ -28,6 +28,7 @@ class Env:
     ids: Tensor  # [B, S] in 0..4
     keep: Tensor  # [B, S] bool, the first row kept
     style: Tensor  # [5, 4], a context
+    sound: Tensor  # [B, 5, 4], a context of each sequence
     table: Tensor  # [11, 4] float, a weight
     weight: Tensor  # [6, 4], a weight
     bias: Tensor  # [4], a weight
@@ -80,7 +81,7 @@ def draw(batch: int = BATCH, seed: int = 0) -> list[Tensor]:
     keep[:, 0] = True
     ids = torch.randint(0, 5, (batch, ROWS), generator=generator)
     weights = [nn.Parameter(normal(*shape), requires_grad=False) for shape in ((11, 4), (6, 4), (4,))]
-    return [normal(batch, ROWS, 4), normal(batch, ROWS, 4), ids, keep, normal(5, 4), *weights]
+    return [normal(batch, ROWS, 4), normal(batch, ROWS, 4), ids, keep, normal(5, 4), normal(batch, 5, 4), *weights]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,18 @@ SELF: dict[str, Case] = {
         lambda e: (e.scores.masked_fill(~e.allowed, -1e4) + (~e.allowed).double() * 1e4).softmax(-1), "whole"
     ),
     "softmax_mask_times_zero": Case(lambda e: torch.add(e.scores, e.finite, alpha=0).softmax(-1), "whole"),
+    "softmax_above_a_low_floor": Case(lambda e: e.finite.clamp(min=-1e9).softmax(-1), "row"),
+    "softmax_maximum": Case(lambda e: torch.maximum(torch.full_like(e.scores, -1e5), e.masked).softmax(-1), "row"),
+    "softmax_above_a_floor": Case(lambda e: e.finite.clamp(min=-5.0).softmax(-1), "whole"),
+    "softmax_below_a_ceiling": Case(lambda e: torch.minimum(e.i.double() - 1e6, e.scores).softmax(-1), "whole"),
+    "softmax_log_mask": Case(lambda e: (e.scores + e.allowed.double().log()).softmax(-1), "row"),
+    "softmax_log_half": Case(lambda e: (e.scores + (e.allowed * 0.5 + 0.5).log()).softmax(-1), "whole"),
+    "softmax_taken_off": Case(lambda e: (e.scores - 1e4 * (1 - e.allowed.double())).softmax(-1), "row"),
+    "softmax_past_taken_off": Case(lambda e: (e.scores - 1e9 * e.allowed.double()).softmax(-1), "whole"),
+    "index_put_mask": Case(lambda e: aten.index_put(e.scores, [None, ~e.allowed], e.bias[0] * 0 - 1), "pair"),
+    "softmax_exp": Case(lambda e: e.masked.exp() / e.masked.exp().sum(-1, keepdim=True), "row"),
+    "softmax_exp_epsilon": Case(lambda e: e.masked.exp() / (e.masked.exp().sum(-1, keepdim=True) + 1), "pair"),
+    "softmax_exp_of_all": Case(lambda e: e.scores.exp() * e.allowed / e.scores.exp().sum(-1, keepdim=True), "whole"),
     "softmax_batch": Case(lambda e: e.x.softmax(0), "batch"),
     "log_softmax": Case(lambda e: e.x.log_softmax(-1), "row"),
     "log_softmax_masked": Case(lambda e: e.masked.log_softmax(-1).exp(), "row"),

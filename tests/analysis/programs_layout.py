@@ -180,6 +180,38 @@ LAYOUT: dict[str, Case] = {
     "sdpa_causal_slice": Case(lambda e: sdpa(e.x[:, 1:], e.y, e.y, is_causal=True), "row"),
     "sdpa_causal_keys_slice": Case(lambda e: sdpa(e.x, e.y[:, 1:], e.y[:, 1:], is_causal=True), "whole"),
     "sdpa_dropout": Case(lambda e: sdpa(e.x, e.y, e.y, is_causal=True, dropout_p=0.5), "random"),
+    # convolutions and norms over channels
+    "conv1d_items": Case(lambda e: F.conv1d(e.x.reshape(-1, 1, 4), e.weight[:2, None, :3]), "row"),
+    "conv1d_rows": Case(lambda e: F.conv1d(e.x.mT, e.weight[..., None].repeat(1, 1, 3)), "whole"),
+    "conv2d_items": Case(
+        lambda e: F.conv2d(e.heads.transpose(1, 2).reshape(-1, 1, 2, 2), e.weight[:2, None, :2, None]), "row"
+    ),
+    "conv3d_items": Case(lambda e: F.conv3d(e.x.reshape(-1, 1, 2, 2, 1), e.weight[:2, None, :2, None, None]), "row"),
+    "convolution_items": Case(
+        lambda e: aten.convolution.default(
+            e.x.reshape(-1, 1, 4), e.weight[:2, None, :3], None, [1], [0], [1], False, [0], 1
+        ),
+        "row",
+    ),
+    "conv1d_sound": Case(
+        lambda e: e.x + F.conv1d(e.sound, e.weight[:1, :, None].repeat(1, 1, 2)[:, :1].expand(-1, 5, -1))[..., :1],
+        "row",
+    ),
+    "group_norm_items": Case(lambda e: F.group_norm(e.x.reshape(-1, 4), 2), "row"),
+    "group_norm_rows": Case(lambda e: F.group_norm(e.x.mT, 2), "whole"),
+    "glu_features": Case(lambda e: F.glu(e.x, -1), "row"),
+    "batch_norm_fixed": Case(lambda e: F.batch_norm(e.x.mT, e.bias, e.bias.exp()), "row"),
+    # functions of the context alone
+    "renorm_sound": Case(
+        lambda e: e.x + aten.renorm.default(e.sound.flatten(1), 2, 1, 0.5).view(e.sound.shape)[:, 0, None], "row"
+    ),
+    "mean_of_sounds": Case(lambda e: e.x + e.sound.mean(0)[:1], "row"),
+    "other_sound": Case(lambda e: e.x + e.sound.flip(0)[:, :1], "row"),
+    "renorm_rows": Case(lambda e: aten.renorm.default(e.x.flatten(1), 2, 0, 0.5), "refused"),
+    # writes where a mask says
+    "fill_rows": Case(lambda e: aten.index_put.default(e.x, [e.keep], torch.zeros((), dtype=torch.float64)), "row"),
+    "masked_scatter": Case(lambda e: e.x.masked_scatter((e.ids == 3)[..., None].expand_as(e.x), e.sound), "batch"),
+    "table_by_count": Case(lambda e: F.embedding((e.ids == 3).long().cumsum(1) % 5, e.sound.flatten(0, 1)), "row"),
     # factories
     "zeros": Case(lambda e: torch.zeros(e.S, 4), "index"),
     "ones_like": Case(lambda e: torch.ones_like(e.x), "index"),

@@ -129,6 +129,8 @@ def sum_is_harmless(op: Op) -> Out:
         ("sum_rows", aten.sum.dim_IntList, sum_is_harmless),
         ("sort_rows", aten.sort.default, lambda op: [rowwise(op), rowwise(op)]),
         ("cumsum_batch", aten.cumsum.default, rowwise),
+        ("renorm_sound", aten.renorm.default, rowwise),
+        ("group_norm_rows", aten.group_norm.default, rowwise),
     ],
 )
 def test_checker_refutes_a_wrong_rule(name: str, target: Any, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:

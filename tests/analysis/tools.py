@@ -52,7 +52,7 @@ def captured_of(function: Callable[..., Any], *inputs: Tensor) -> Captured:
     graph.output(graph.call_function(lambda *args: _pack(function(*args)), arguments))
     assert len(places) == len(sizes)
     captured = capture(fx.GraphModule(torch.nn.Module(), graph), [*(n for _, n in sizes.values()), *inputs])
-    normalise(captured.module)
+    normalise(captured)
     return captured
 
 

@@ -50,7 +50,10 @@ LAST_K = 3
 
 @dataclass(frozen=True)
 class Config:
-    """What a random causal Transformer is made of. `spelling` is a key of `SPELLINGS` or `SCORED`."""
+    """What a random causal Transformer is made of.
+
+    `spelling` is a key of `SPELLINGS` or `SCORED`, or several keys of `SPELLINGS` joined by `+`, one for each layer.
+    """
 
     spelling: str = "sdpa_bool_mask"
     position: Position = "learned"
@@ -88,6 +91,12 @@ class Config:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def spellings(self) -> list[str]:
+        """The spelling of each layer."""
+        names = self.spelling.split("+")
+        return [names[layer % len(names)] for layer in range(self.layers)]
 
     @property
     def scored(self) -> bool:

@@ -71,7 +71,7 @@ def consistent(config: Config, pick: int = 0) -> Config:
         c = replace(c, mask_from="arange")
     if c.mask == "causal":
         c = replace(c, alternate=False, width=Config.width)
-    if c.dtype == "float64" and (c.norm == "rms_by_hand" or c.spelling == "softmax_fp32"):
+    if c.dtype == "float64" and (c.norm == "rms_by_hand" or c.spelling in ("softmax_fp32", "exp_in_fp32")):
         c = replace(c, dtype="float32")
     return _with_spelling(c, pick)
 

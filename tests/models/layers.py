@@ -64,9 +64,10 @@ class Attention(nn.Module):
     slopes: Tensor
     inverse: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.config = config
+        self.spelling = config.spellings[layer]
         self.kv_size = config.kv_heads * config.head_size
         if config.fused_qkv:
             self.qkv = nn.Linear(config.size, config.size + 2 * self.kv_size, bias=config.bias)
@@ -106,17 +107,17 @@ class Attention(nn.Module):
         scale = config.head_size**-0.5
         if config.scored:
             bias = alibi(self.slopes, x.shape[1]) if config.position == "alibi" else None
-            y = SCORED[config.spelling](q, k, v, allowed, scale, bias, config.soft_cap)
+            y = SCORED[self.spelling](q, k, v, allowed, scale, bias, config.soft_cap)
         else:
-            y = SPELLINGS[config.spelling](q, k, v, allowed, scale)
+            y = SPELLINGS[self.spelling](q, k, v, allowed, scale)
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.config = config
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.norm1 = make_norm(config, config.size)
         if config.mlp != "none":
             self.mlp = Mlp(config)

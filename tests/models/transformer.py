@@ -29,7 +29,7 @@ class Transformer(nn.Module):
             self.register_buffer("mask", masks.table(config, MAX_ROWS), persistent=False)
         if config.mask_from == "buffer_float":
             self.register_buffer("mask", masks.table(config, MAX_ROWS).float()[None, None], persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config, config.size)
         self.head = nn.Linear(config.size, config.vocab, bias=False)
         if config.tied:

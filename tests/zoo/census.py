@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -38,14 +38,22 @@ from kvpass.frontend.api import recording
 from kvpass.frontend.backend import Record
 from kvpass.report.reading import op_name
 from tests.property.oracle import Mismatch, compare
+from tests.zoo.encoders import heard, not_hoisted
 from tests.zoo.tiny import Attn, Mapped, classes, has_attn, inputs, tiny_model, transformers
 
 Task: TypeAlias = tuple[Mapped, str, Attn]
 
 TIMEOUT = 180.0
 MEMORY = 12 << 30
-IMPORTED = ["torch._dynamo", "kvpass.frontend", "kvpass.report", "tests.property.oracle", "tests.zoo.tiny"]
-STATUSES = ("proven", "refused", "pieces", "cannot build", "error", "WRONG")
+IMPORTED = [
+    "torch._dynamo",
+    "kvpass.frontend",
+    "kvpass.report",
+    "tests.property.oracle",
+    "tests.zoo.encoders",
+    "tests.zoo.tiny",
+]
+STATUSES = ("proven", "not hoisted", "refused", "pieces", "cannot build", "error", "WRONG")
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,15 @@ class Row:
 
     Attributes:
         status: ``proven``: rewritten, rows were reused, and all answers are the plain model's; ``refused``: it ran as
-            it was written; ``pieces``: Dynamo split it; ``cannot build``: transformers raised; ``error``: the compiled
+            it was written; ``not hoisted``: proven, but the encoder is computed again for an input it has seen;
+            ``pieces``: Dynamo split it; ``cannot build``: transformers raised; ``error``: the compiled
             model raised, ran out of time or took its process down; ``WRONG``: an answer differs.
         code, op, node, source, message: of the refusal, or of what was raised.
         missing: the ops of the refused graph that have no rule; the refusal names the first of them only.
         graphs: the largest number of graphs that one call was split into.
         recognised, lowered, unrecognised: attentions; those computed by a generated kernel; why others were none.
         reused: rows that were read from the cache.
+        heard: how many encoder inputs there were; of a proven row, each was encoded once.
     """
 
     mapping: Mapped
@@ -79,12 +89,14 @@ class Row:
     lowered: int = 0
     unrecognised: tuple[str, ...] = ()
     reused: int = 0
+    heard: int = 0
     seconds: float = 0.0
 
     def __str__(self) -> str:
         told = f"{self.code} {self.op}".strip() if self.status in ("refused", "pieces") else ""
         if self.status == "proven":
             told = f"{self.lowered}/{self.recognised} lowered, {len(self.unrecognised)} unrecognised"
+            told += f", {self.heard} encoder inputs encoded once" if self.heard else ""
         if self.missing:
             told += f" (without a rule: {', '.join(self.missing)})"
         said = self.message.strip().partition("\n")[0][:110] if self.status != "proven" else ""
@@ -122,13 +134,19 @@ def history(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield inputs(model, 13, 2)
     yield inputs(model, 17, 2)
     branch = inputs(model, 16, 2)
-    ids = branch["decoder_input_ids" if "decoder_input_ids" in branch else "input_ids"]
-    ids[..., 4] = ids[..., 4] - 1
+    ids = branch[text_of(branch)]
+    ids[:, 4] = ids[:, 4] - 1
     yield branch
+    yield inputs(model, 16, 2, hears=1)
     yield inputs(model, 9, 2)
     yield inputs(model, 14, 3)
     yield inputs(model, 15, 3)
     yield inputs(model, 20, 2)
+
+
+def text_of(call: Mapping[str, Any]) -> str:
+    """The name of the argument that grows."""
+    return "decoder_input_ids" if "decoder_input_ids" in call else "input_ids"
 
 
 def compiled(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -136,14 +154,16 @@ def compiled(model: nn.Module) -> Iterator[dict[str, Any]]:
     cache = kvpass.Cache(capacity="64MiB", page_size=4, poison=True)
     options: dict[str, Any] = {"cache": cache}
     fast = torch.compile(model, backend="kvpass", options=options)
-    graphs, failed = 0, dict[str, str]()
+    graphs, failed, calls = 0, dict[str, str](), list[dict[str, Any]]()
     with recording() as records:
         for number, call in enumerate(history(model)):
             before = len(records)
             failed = compared(model, fast, call, f"call {number}")
+            calls.append(call)
             graphs = max(graphs, len(records) - before)
             reused = cache.stats().rows_reused
-            found = verdict(records, reused) | attentions(records) | {"graphs": graphs, "reused": reused} | failed
+            found = verdict(records, reused) | attentions(records) | {"graphs": graphs, "reused": reused}
+            found |= encoded(records, calls, found["status"]) | failed
             yield found
             if failed or settled(records):
                 break
@@ -194,6 +214,13 @@ def verdict(records: Sequence[Record], reused: int) -> dict[str, Any]:
     if not refusals:
         return {"status": "refused", "message": "nothing was reused" if proven else "no graph reached the backend"}
     return {"status": "refused"} | refusal_fields(*(lasting or refusals)[-1])
+
+
+def encoded(records: Sequence[Record], calls: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
+    """How many encoder inputs there were, and what is wrong where one of them was encoded in more calls than one."""
+    inputs = heard(calls, text_of(calls[0]))
+    why = not_hoisted([r.program for r in records if r.program is not None], inputs) if status == "proven" else ""
+    return {"heard": inputs} | ({"status": "not hoisted", "message": why} if why else {})
 
 
 def refusal_of(record: Record) -> errors.Refusal | None:

@@ -196,3 +196,12 @@ FEATURES: dict[str, tuple[int, ...]] = {
     "whisper": (16, 64),
 }
 """By model type, the axes of what an encoder hears, without the batch; a negative one grows with the text, by row."""
+
+ENCODED_BY: dict[str, int] = {"led": 8}
+"""By model type, how many tokens an encoder reads where it warns of any other number."""
+
+MASKED = ("fsmt",)
+"""Model types that look for padding in the tokens, which splits the graph, unless they are told where it is."""
+
+NUMBERS: dict[str, dict[str, int]] = {"voxtral_realtime": {"num_delay_tokens": 2}}
+"""By model type, arguments without which it warns that it guesses them."""

@@ -19,7 +19,8 @@ model of each (weights jittered, windows shorter than the texts), compiles it th
 compares it with itself uncompiled over calls that grow, branch, shrink and have another batch; it writes this file.
 
 - **proven and equal**: rewritten, rows were reused, and every answer was the plain model's; *n* attentions run on
-  generated kernels, of so many that were found.
+  generated kernels, of so many that were found. An encoder ran once for each input that it was given.
+- **not hoisted**: proven and equal, but an encoder ran again for an input that it had seen.
 - **refused**: runs as it was written; [the code](refusals.md) and what it says.
 - **captured in pieces**: Dynamo splits the model; it runs, and nothing is cached.
 - **cannot build**: transformers does not build the class from a configuration and token ids alone.

@@ -15,6 +15,7 @@ from kvpass.huggingface import import_transformers
 from tests.zoo.shrink import (
     CAPS,
     DERIVED,
+    ENCODED_BY,
     EQUAL,
     EXCEPTIONS,
     FEATURES,
@@ -22,7 +23,9 @@ from tests.zoo.shrink import (
     IDS,
     LAYER_LISTS,
     LAYERS,
+    MASKED,
     MAX_LAYERS,
+    NUMBERS,
     SPECIAL,
     STARTS,
     VOCAB,
@@ -187,8 +190,11 @@ def jitter(model: nn.Module) -> None:
 # --- inputs ---------------------------------------------------------------------------------------------------
 
 
-def inputs(model: nn.Module, rows: int, batch: int, seed: int = 0) -> dict[str, Any]:
+def inputs(model: nn.Module, rows: int, batch: int, seed: int = 0, hears: int = 0) -> dict[str, Any]:
     """The arguments of a call; fewer rows of the same seed are a prefix of more rows.
+
+    Args:
+        hears: another number is another encoder input.
 
     Returns:
         ``input_ids [batch, rows]`` for a decoder. For an encoder and a decoder what the encoder reads or hears, of one
@@ -200,20 +206,25 @@ def inputs(model: nn.Module, rows: int, batch: int, seed: int = 0) -> dict[str, 
     ids = _ids((batch * texts, LONGEST, *inner), seed)[:, :rows].clone()
     call: dict[str, Any] = {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
     if "decoder_input_ids" not in known:
-        return {"input_ids": ids} | _heard(kind, "input_features", rows, batch) | call
+        return {"input_ids": ids} | _heard(kind, "input_features", rows, batch, hears) | NUMBERS.get(kind, {}) | call
     name = "input_values" if "input_values" in known else "input_features"
-    encoded = {"input_ids": _ids((batch, ENCODED), seed + 1)}
+    read = ENCODED_BY.get(kind, ENCODED)
+    encoded = {"input_ids": _ids((batch, read), seed + hears + 1)}
+    if "attention_mask" in known:
+        encoded["attention_mask"] = torch.ones(batch, read, dtype=torch.long)
+        encoded["attention_mask"][1::2, -2:] = 0  # the second text of two is shorter
     if held.main_input_name != "input_ids":
-        encoded = _heard(kind, name, rows, batch) or encoded
-    return encoded | {"decoder_input_ids": ids} | call
+        encoded = _heard(kind, name, rows, batch, hears) or encoded
+    masked = {"decoder_attention_mask": torch.ones_like(ids)} if kind in MASKED else {}
+    return encoded | {"decoder_input_ids": ids} | masked | call
 
 
-def _heard(kind: str, name: str, rows: int, batch: int) -> dict[str, Tensor]:
+def _heard(kind: str, name: str, rows: int, batch: int, seed: int) -> dict[str, Tensor]:
     """What the encoder of a model type hears, by the name of its argument; empty where it reads, or need not hear."""
     if kind not in FEATURES:
         return {}
     shape = [size if size > 0 else -size * LONGEST for size in FEATURES[kind]]
-    full = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    full = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
     for axis, size in enumerate(FEATURES[kind], 1):
         full = full if size > 0 else full.narrow(axis, 0, -size * rows).clone()
     return {name: full}

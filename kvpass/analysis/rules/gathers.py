@@ -36,13 +36,13 @@ def index_select(op: Op) -> Out:
 def _plain_table(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand) -> None:
     """An axis that is indexed by data must not be the sequence or the batch."""
     for label in x.dims[axis]:
-        _lose(op, parts, label, wraps=False)
+        _lose(op, parts, label, x, wraps=False)
         _judge_where_read(op, parts, label, expression(ids, op.scope))
         x.everything.add(label)
 
 
-def _lose(op: Op, parts: Parts, label: Label, wraps: bool = True) -> None:
-    """An unknown entry along ``label`` is read; where a negative index ``wraps``, it may be counted from the end."""
+def _lose(op: Op, parts: Parts, label: Label, x: Operand, wraps: bool = True) -> None:
+    """An unknown entry of ``x`` along ``label`` is read; a negative index that ``wraps`` is counted from the end."""
     atom = op.scope.atoms[label]
     if atom.kind is Kind.SEQ:
         why = f"{name_of(op.node)} reads the sequence at a row that is not known"
@@ -52,9 +52,11 @@ def _lose(op: Op, parts: Parts, label: Label, wraps: bool = True) -> None:
         if wraps or used or atom.start.has(op.scope.axes.seq):
             parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     if atom.kind is Kind.BATCH and atom.size != 1:
-        parts.batch = parts.batch or op.cause(
-            f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch
-        )
+        cause = op.cause(f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch)
+        if x.fact.of_context():
+            parts.together = parts.together or cause
+        else:
+            parts.batch = parts.batch or cause
 
 
 def _judge_where_read(op: Op, parts: Parts, label: Label, place: Value | None) -> None:
@@ -82,7 +84,7 @@ def gather(op: Op) -> Out:
         if k == axis or op.scope.size(mine) == 1 or op.scope.size(mine) != op.scope.size(x.dims[k]):
             if k != axis:
                 for label in x.dims[k]:
-                    _lose(op, parts, label)
+                    _lose(op, parts, label, x)
             dims.append(list(mine))
         else:
             dims.append(op.scope.pair(list(mine), x.dims[k], [ids], x))
@@ -104,7 +106,7 @@ def scatter(op: Op) -> Out:
     parts = op.gather()
     for operand in op.operands:
         for label in operand.dims[axis]:
-            _lose(op, parts, label)
+            _lose(op, parts, label, operand)
             _judge_where_read(op, parts, label, None)
             operand.everything.add(label)
     dims: Dims = []
@@ -156,7 +158,7 @@ def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, readin
         value = scope.resolve(value)
     if value is None or len(labels) != 1 or not value.is_nonnegative:  # a negative index wraps around
         for label in labels:
-            _lose(op, parts, label)
+            _lose(op, parts, label, x)
             _judge_where_read(op, parts, label, value if len(labels) == 1 else None)
         return False
     (label,) = labels
@@ -164,23 +166,23 @@ def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, readin
     _judge_where_read(op, parts, label, value)
     atom = scope.atoms[label]
     if atom.kind is Kind.BATCH:
-        return _read_batch(op, parts, label, value)
+        return _read_batch(op, parts, label, value, x)
     if atom.kind is Kind.SEQ:
-        _read_rows(op, parts, label, value, ids)
+        _read_rows(op, parts, label, value, ids, x)
     return False
 
 
-def _read_batch(op: Op, parts: Parts, label: Label, value: Value) -> bool:
+def _read_batch(op: Op, parts: Parts, label: Label, value: Value, x: Operand) -> bool:
     """``x[arange(B)]`` is the batch axis again."""
     for other, atom in list(op.scope.atoms.items()):
         if value == symbol(other) and atom.size == op.scope.atoms[label].size:
             op.scope.atoms[other] = op.scope.atoms[label]
             return True
-    _lose(op, parts, label)
+    _lose(op, parts, label, x)
     return False
 
 
-def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand) -> None:
+def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand, x: Operand) -> None:
     """Row ``start + value`` is read: find the result's row that is no earlier."""
     scope = op.scope
     row = scope.atoms[label].start + value
@@ -192,10 +194,10 @@ def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand) -
             parts.deps -= used
             parts.deps |= {other} if used else set()
             return
-    if row.is_number and row == 0:
+    if row == -scope.axes.lead:
         parts.deps -= used
         return
-    _lose(op, parts, label, wraps=False)
+    _lose(op, parts, label, x, wraps=False)
 
 
 @rule(aten.one_hot.default)

@@ -10,9 +10,10 @@ import torch
 
 from kvpass import errors
 from kvpass.analysis import shifts
-from kvpass.analysis.expressions import Value, apply, compare, join, number, simplify
+from kvpass.analysis.expressions import apply, compare, join, number, simplify
 from kvpass.analysis.facts import ZERO, Atom, Expr, Fill, Kind, Shift
-from kvpass.analysis.scope import Dims, Label, Operand, Parts, quotient, symbol
+from kvpass.analysis.rules.joins import moves_with_the_length
+from kvpass.analysis.scope import Dims, Label, Operand, quotient, symbol
 from kvpass.analysis.table import Op, Out, expression, rule
 
 aten = torch.ops.aten
@@ -233,16 +234,25 @@ def _sliced(op: Op, x: Operand, label: Label, start: Expr, size: Expr, step: Any
     if atom.kind is Kind.SEQ and step != 1:
         raise errors.UnsupportedShape(detail="the sequence is sliced with a step")
     kind = atom.kind if atom.kind is not Kind.FREE else scope.axes.kind(size)
-    new = scope.new(replace(atom, kind=kind, size=size, start=atom.start + start if atom.kind is Kind.SEQ else ZERO))
+    first = atom.start + start if atom.kind is Kind.SEQ else scope.axes.start(size) if kind is Kind.SEQ else ZERO
+    new = scope.new(replace(atom, kind=kind, size=size, start=first))
     if kind is Kind.SEQ and atom.kind is Kind.FREE:
         scope.full.add(new)
     scope.subst[symbol(label)] = start + sympy.sympify(step) * symbol(new)
     if atom.kind is Kind.SEQ:
         scope.same[label] = new
-        if not _is_tail(op, scope.atoms[new]) and not (start == 0 and atom.start == 0 and size.has(scope.axes.seq)):
+        if not _is_tail(op, scope.atoms[new]) and not _keeps_rows(op, atom, scope.atoms[new]):
             x.everything.add(label)
             scope.full.add(new)
     return new
+
+
+def _keeps_rows(op: Op, before: Atom, after: Atom) -> bool:
+    """All rows, or all but the last ones; without a prefix before them, which no row of the text can be new in."""
+    if after.start == before.start:
+        return bool(after.start == 0 and after.size.has(op.scope.axes.seq))
+    rows = (ZERO, op.scope.axes.seq)
+    return bool(before.start == -op.scope.axes.lead and (after.start, after.size) == rows)
 
 
 def _is_tail(op: Op, atom: Atom) -> bool:
@@ -279,77 +289,6 @@ def select(op: Op) -> Out:
     return out
 
 
-@rule(aten.cat.default, aten.concat.default)
-def cat(op: Op) -> Out:
-    pieces = [x for x in op.operands if not (len(x.dims) == 1 and x.fact.shape() == (0,))]
-    axis = op.arg(1, "dim", 0) % len(pieces[0].dims)
-    return join_along(op, pieces, axis, [op.scope.size(x.dims[axis]) for x in pieces])
-
-
-@rule(aten.stack.default)
-def stack(op: Op) -> Out:
-    axis = op.arg(1, "dim", 0) % (len(op.operands[0].dims) + 1)
-    for x in op.operands:
-        x.dims.insert(axis, [])
-    return join_along(op, op.operands, axis, [sympy.Integer(1)] * len(op.operands))
-
-
-def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> Out:
-    scope, parts = op.scope, op.gather()
-    ghosts = scope.merge_ghosts([label for x in pieces for label in x.ghosts])
-    dims: Dims = []
-    for k in range(len(pieces[0].dims)):
-        dims.append([] if k == axis else scope.broadcast_axis([(x, x.dims[k]) for x in pieces], ghosts))
-    total = sympy.Add(*sizes)
-    (new,) = scope.fresh(total) or [scope.new(Atom(Kind.FREE, total))]
-    rows = scope.atoms[new].kind is Kind.SEQ
-    offsets = [sympy.Add(*sizes[:k]) for k in range(len(sizes))]
-    if rows:
-        _shift_rows(op, parts, pieces, axis, offsets, new)
-    parts.expr = _piecewise(op, pieces, axis, offsets, symbol(new))
-    dims[axis] = [new]
-    return Out(dims, parts, ghosts)
-
-
-def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets: list[Expr], new: Label) -> None:
-    """Entry ``k`` of the result is entry ``k - offset`` of a piece: the result's first row must bound them all."""
-    scope, first = op.scope, ZERO
-    scope.full.add(new)
-    for x, offset in zip(pieces, offsets, strict=True):
-        x.everything |= set(x.dims[axis])
-        for label in x.dims[axis]:
-            if scope.atoms[label].kind is not Kind.SEQ:
-                continue
-            first = sympy.Max(first, scope.atoms[label].start - offset)
-            moved = {d for d in parts.deps if scope.representative(d) == label}
-            if moved:
-                parts.deps = (parts.deps - moved) | {new}
-    scope.atoms[new] = replace(scope.atoms[new], start=first)
-    for offset in offsets:
-        _moves_with_the_length(op, parts, first + offset)
-
-
-def _moves_with_the_length(op: Op, parts: Parts, first: Expr) -> None:
-    """What begins at a row counted from the end, before the end, is elsewhere when the text has grown."""
-    if first.has(op.scope.axes.seq) and not (first - op.scope.axes.seq).is_nonnegative:
-        why = f"{op.node.target} puts something at row {first}, which moves when the text grows"
-        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
-
-
-def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], place: sympy.Symbol) -> Value | None:
-    """The closed form of a concatenation, where every piece has one."""
-    branches = []
-    for k, (x, offset) in enumerate(zip(pieces, offsets, strict=True)):
-        value = expression(x, op.scope)
-        if value is None or len(x.dims[axis]) > 1:
-            return None
-        here = {symbol(label): place - offset for label in x.dims[axis]}
-        value = number(value).xreplace(here)
-        last = compare("lt", place, offsets[k + 1]) if k + 1 < len(offsets) else sympy.true
-        branches.append((value, simplify(sympy.And(compare("ge", place, offset), last))))
-    return join(branches) if len(branches) <= 8 else None
-
-
 @rule(aten.diff.default)
 def diff(op: Op) -> Out:
     """``x[k] - x[k-1]``, with the entry before the first one taken from ``prepend``."""
@@ -362,7 +301,8 @@ def diff(op: Op) -> Out:
     parts = op.gather()
     for operand in op.operands:
         operand.everything |= set(operand.dims[axis])
-    before = [y for y in prepend.dims[axis] if scope.atoms[y].kind is Kind.SEQ and scope.atoms[y].start == 0]
+    least = -scope.axes.lead
+    before = [y for y in prepend.dims[axis] if scope.atoms[y].kind is Kind.SEQ and scope.atoms[y].start == least]
     moved = {label, *before}  # the first row is bounded by every row
     parts.deps = {d for d in parts.deps if scope.representative(d) not in moved} | (
         {label} if scope.deps(x) or scope.deps(prepend) else set()
@@ -448,7 +388,7 @@ def pad(op: Op) -> Out:
             if amounts[2 * k + 1] > 0:
                 (new,) = out.dims[axis]
                 last = scope.atoms[new].start + op.shape[axis] - amounts[2 * k + 1]
-                _moves_with_the_length(op, out.parts, last)
+                moves_with_the_length(op, out.parts, last)
         else:
             _only_free(op, dims[axis], "padding")
             out.dims[axis] = scope.fresh(op.shape[axis])
@@ -460,7 +400,9 @@ def _padded_rows(op: Op, x: Operand, labels: list[Label], before: Any, size: Exp
     if len(labels) != 1:
         raise errors.UnsupportedShape(detail="a merged axis is padded")
     (label,) = labels
-    start = sympy.Max(op.scope.atoms[label].start - before, ZERO)  # an earlier row is bounded by a later one
+    start = sympy.Max(
+        op.scope.atoms[label].start - before, -op.scope.axes.lead
+    )  # an earlier row is bounded by a later one
     new = op.scope.new(replace(op.scope.atoms[label], size=size, start=start))
     op.scope.same[label] = new
     op.scope.subst[symbol(label)] = symbol(new)

@@ -13,7 +13,7 @@ from kvpass.analysis import shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, number, simplify
 from kvpass.analysis.facts import Fill, Shift
 from kvpass.analysis.scope import Operand, Parts
-from kvpass.analysis.table import Op, Out, expression, rule
+from kvpass.analysis.table import Op, Out, expression, rule, support_of
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ _KEEP_ZERO = (
 _OTHERS = (
     "exp", "exp2", "log", "log2", "log10", "cos", "rsqrt", "reciprocal", "sigmoid", "softplus", "log_sigmoid", "pow",
     "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv",
-    "clamp_min", "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar",
+    "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar",
     "complex", "real", "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "frac", "sgn",
     "true_divide", "divide", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "softshrink",
     "hardshrink", "logit", "special_expit", "clip",
@@ -93,7 +93,7 @@ def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     return Out(dims, parts, ghosts)
 
 
-@rule(*_op(*(n for n in _ARITHMETIC if n != "square" and n not in _KEEP_ZERO)))
+@rule(*_op(*(n for n in _ARITHMETIC if n not in ("square", "minimum", "maximum") and n not in _KEEP_ZERO)))
 def arithmetic(op: Op) -> Out:
     name, values = _name(op), _values(op, 2)
     parts = op.gather()
@@ -134,11 +134,14 @@ def division(op: Op) -> Out:
 def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
     """Minus infinity (or a very negative number) plus anything stays so; zero plus zero is zero."""
     known = [op.known(a) if isinstance(a, Operand) else None for a in op.args[:2]]
-    if _name(op) == "sub" and known[1] is not None and known[1][1] is not Fill.ZERO:
-        return sympy.true, None  # x - (-inf)
+    if _name(op) == "sub":
+        if known[1] is not None and known[1][1] is not Fill.ZERO:
+            return sympy.true, None  # x - (-inf)
+        taken = _term(op, 1)
+        known[1] = None if taken is None or known[1] is None else support_of(taken)
     low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
     if low:
-        if any(k[1] is Fill.NEG for k in low) and any(_may_cancel(op, a) for a in op.args[:2]):
+        if any(k[1] is Fill.NEG for k in low) and any(_may_cancel(op, k) for k in (0, 1)):
             return sympy.true, None
         fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
         return sympy.And(*(k[0] for k in low)), fill
@@ -147,9 +150,15 @@ def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
     return sympy.true, None
 
 
-def _may_cancel(op: Op, value: Any) -> bool:
+def _term(op: Op, k: int) -> Value | None:
+    """The closed form of what is added, with its sign."""
+    expr = expression(op.args[k], op.scope)
+    return apply(lambda a: -a, expr) if expr is not None and k == 1 and _name(op) == "sub" else expr
+
+
+def _may_cancel(op: Op, k: int) -> bool:
     """True of a term in closed form that may be large enough to bring a very negative entry back."""
-    expr = expression(value, op.scope)
+    expr = _term(op, k)
     if expr is None:
         return False
     return any(not val.is_number or val > 1000 for val, _ in branches(expr))
@@ -171,11 +180,22 @@ def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
     return sympy.true, None
 
 
-@rule(aten.min.other, aten.max.other)
+@rule(aten.min.other, aten.max.other, *_op("minimum", "maximum"))
 def extremum(op: Op) -> Out:
-    values = _values(op, 2)
-    combine = sympy.Min if op.node.target is aten.min.other else sympy.Max
-    return _finish(op, op.gather(), None if values is None else apply(combine, *values))
+    values, parts = _values(op, 2), op.gather()
+    low = _name(op) in ("min", "minimum")
+    for value, floor in () if low else (op.args[:2], op.args[1::-1]):
+        if parts.fill is None:
+            parts.support, parts.fill = _floored(op, value, floor)
+    return _finish(op, parts, None if values is None else apply(sympy.Min if low else sympy.Max, *values))
+
+
+def _floored(op: Op, value: Any, floor: Any) -> tuple[Boolean, Fill | None]:
+    """Very negative entries that get a very negative floor stay very negative."""
+    known = op.known(value) if isinstance(value, Operand) else None
+    if known is None or known[1] is Fill.ZERO or _constant_fill(op, floor) is not Fill.NEG:
+        return sympy.true, None
+    return known[0], Fill.NEG
 
 
 @rule(*_op(*_RELATIONAL))
@@ -235,14 +255,24 @@ def other(op: Op) -> Out:
     if name == "pow" and isinstance(op.args[1], int) and op.args[1] >= 0:
         value = expression(op.args[0], op.scope)
         expr = None if value is None else apply(lambda a: a ** op.args[1], value)
+    if name == "log":
+        expr = _logarithm(expression(op.args[0], op.scope))
+        parts.support, parts.fill = (sympy.true, None) if expr is None else support_of(expr) or (sympy.true, None)
     return _finish(op, parts, expr)
+
+
+def _logarithm(value: Value | None) -> Value | None:
+    """Of a mask of ones and zeros: zero and minus infinity."""
+    if value is None or not {val for val, _ in branches(value)} <= {sympy.Integer(0), sympy.Integer(1)}:
+        return None
+    return apply(lambda a: sympy.Integer(0) if a == 1 else -sympy.oo, value)
 
 
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0
 
 
-@rule(*_op("clamp"))
+@rule(*_op("clamp", "clamp_min"))
 def clamp(op: Op) -> Out:
     low, high = op.arg(1, "min"), op.arg(2, "max")
     value = expression(op.args[0], op.scope)
@@ -254,7 +284,10 @@ def clamp(op: Op) -> Out:
             expr = apply(sympy.Max, expr, bounds[0])
         if high is not None and expr is not None:
             expr = apply(sympy.Min, expr, bounds[-1])
-    return _finish(op, op.gather(), expr)
+    parts = op.gather()
+    if low is not None and high is None:
+        parts.support, parts.fill = _floored(op, op.args[0], low)
+    return _finish(op, parts, expr)
 
 
 @rule(*_op("where"))

@@ -171,6 +171,11 @@ def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any)
     parts.support, parts.fill = sympy.true, None
 
 
+def mixed(op: Op, parts: Parts, labels: list[Label], rest: list[Label]) -> None:
+    """Every entry along ``labels`` of the first operand comes to depend on all of them."""
+    _mix(op, parts, labels, rest, None)
+
+
 @rule(aten.layer_norm.default, aten.rms_norm.default)
 def layer_norm(op: Op) -> Any:
     return _normalised(op)[0]
