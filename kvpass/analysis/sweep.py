@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -18,12 +19,13 @@ from kvpass.analysis import laws
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Kind, index, leaf_name
+from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.scope import Axes, Link, Scope
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One op, understood.
 
@@ -46,13 +48,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Analyzed:
-    """The captured graph with a step for every tensor value."""
+    """The captured graph with a step for every tensor value.
+
+    Attributes:
+        kinds: of each value a number, which it shares with those that are the same op on operands of the same facts:
+            the layers of a stack repeat them. What weights hold does not enter.
+    """
 
     captured: Captured
     steps: Mapping[fx.Node, Step]
+    kinds: Mapping[fx.Node, int] = field(default_factory=dict)
 
     def fact(self, node: fx.Node) -> Fact:
         return self.steps[node].fact
+
+    @cached_property
+    def named(self) -> Mapping[str, fx.Node]:
+        """The values by name."""
+        return {node.name: node for node in self.steps}
+
+    @cached_property
+    def leaves(self) -> Mapping[str, fx.Node]:
+        """The values by the name of the function that stands for their entries."""
+        return {leaf_name(name): node for name, node in self.named.items()}
 
     @property
     def outputs(self) -> tuple[Any, ...]:
@@ -95,31 +113,43 @@ def analyze(captured: Captured) -> Analyzed:
     axes = Axes(captured.seq, captured.batch)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
+    repeats = Repeats()
     for node in captured.module.graph.nodes:
         try:
-            step = _step(node, steps, captured, inputs, axes)
+            step = _step(node, steps, captured, inputs, axes, repeats)
         except errors.Refusal as refusal:
             raise refusal.at(node.name, source_of(node)) from None
         if step is not None:
             steps[node] = step
-    return Analyzed(captured, steps)
+    return Analyzed(captured, steps, repeats.kinds)
 
 
 def _step(
-    node: fx.Node, steps: Mapping[fx.Node, Step], captured: Captured, inputs: Mapping[str, Input], axes: Axes
+    node: fx.Node,
+    steps: Mapping[fx.Node, Step],
+    captured: Captured,
+    inputs: Mapping[str, Input],
+    axes: Axes,
+    repeats: Repeats,
 ) -> Step | None:
     if node.op == "placeholder":
         given = inputs[node.name]
         if given.role is Role.SYMBOL:
             return None
-        return Step((_input_fact(node, given, captured),))
+        return _source(node, given.role, _input_fact(node, given, captured), repeats)
     if node.op == "get_attr":
-        return Step((_constant_fact(node, attribute(captured.module, str(node.target))),))
+        tensor = attribute(captured.module, str(node.target))
+        return _source(node, Role.CONSTANT, _constant_fact(node, tensor), repeats)
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
-        return _getitem(node, steps)
-    return _call(node, steps, axes)
+        return _getitem(node, steps, repeats)
+    return _call(node, steps, axes, repeats)
+
+
+def _source(node: fx.Node, role: Role, fact: Fact, repeats: Repeats) -> Step:
+    fact = repeats.shared(fact)
+    return repeats.step(node, (role, fact), (), lambda: Step((fact,)))
 
 
 def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
@@ -220,37 +250,52 @@ def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
     return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
 
 
-def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
-    source, k = node.args
-    step = steps[source]  # type: ignore[index]
-    fact = step.facts[k]  # type: ignore[index]
-    return Step((fact,), (source,), (tuple(range(len(fact.atoms))),))  # type: ignore[arg-type]
+def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step], repeats: Repeats) -> Step:
+    source, k = arguments(node)
+    fact = steps[source].facts[k]
+    step = Step((fact,), (source,), (tuple(range(len(fact.atoms))),))
+    return repeats.step(node, (operator.getitem, fact), (source,), lambda: step)
 
 
-def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
-    rule = RULES.get(node.target)
-    if rule is None:
-        raise errors.UnknownOp(detail=f"{node.target}")
-    scope, tensors = Scope(node.name, axes), _tensors(node)
-    operands: list[fx.Node] = []
+def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes, repeats: Repeats) -> Step:
+    tensors, operands = _tensors(node), list[fx.Node]()
 
-    def convert(arg: Any) -> Any:
+    def given(arg: Any) -> Any:
+        """An argument without the names of nodes: facts, sizes and numbers."""
         if isinstance(arg, fx.Node):
             if arg in steps:
                 operands.append(arg)
-                return scope.open(steps[arg].fact)
+                return steps[arg].fact
             return sym(arg.meta["val"])
         if isinstance(arg, (list, tuple)):
-            return type(arg)(convert(a) for a in arg)
+            return type(arg)(given(a) for a in arg)
         return sym(arg) if isinstance(arg, torch.SymInt) else arg
 
-    args = tuple(convert(a) for a in node.args)
-    kwargs = {k: convert(a) for k, a in node.kwargs.items()}
+    args = tuple(given(a) for a in node.args)
+    kwargs = {k: given(a) for k, a in node.kwargs.items()}
     shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
-    op = Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors))
-    result = rule(op)
-    outs = result if isinstance(result, list) else [result]
-    return _closed(op, outs, () if outs[0].detached else tuple(operands))
+    dtypes = tuple(t.dtype for t in tensors)
+
+    def compute() -> Step:
+        rule = RULES.get(node.target)
+        if rule is None:
+            raise errors.UnknownOp(detail=f"{node.target}")
+        scope = Scope(node.name, axes)
+        op = Op(node, scope, opened(args, scope), opened(kwargs, scope), shapes, dtypes)
+        result = rule(op)
+        outs = result if isinstance(result, list) else [result]
+        return _closed(op, outs, () if outs[0].detached else tuple(operands))
+
+    return repeats.step(node, (node.target, args, tuple(kwargs.items()), shapes, dtypes), operands, compute)
+
+
+def opened(arg: Any, scope: Scope) -> Any:
+    """An argument with its facts opened in a scope, in order."""
+    if isinstance(arg, Fact):
+        return scope.open(arg)
+    if isinstance(arg, dict):
+        return {k: opened(a, scope) for k, a in arg.items()}
+    return type(arg)(opened(a, scope) for a in arg) if isinstance(arg, (list, tuple)) else arg
 
 
 def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import networkx as nx
@@ -94,12 +95,16 @@ class Plan:
     free: frozenset[fx.Node]
     tail: int
 
+    @cached_property
+    def _slots(self) -> dict[fx.Node, Slot]:
+        return {slot.node: slot for slot in self.slots}
+
     @property
     def bytes_per_row(self) -> int:
         return sum(slot.bytes_per_row for slot in self.slots if not slot.is_output)
 
     def slot_of(self, node: fx.Node) -> Slot | None:
-        return next((slot for slot in self.slots if slot.node is node), None)
+        return self._slots.get(node)
 
 
 def canonical(demand: Demand, fact: Fact) -> Demand:
@@ -295,9 +300,8 @@ def _refuse(analyzed: Analyzed, sink: fx.Node, node: fx.Node) -> None:
 def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors.Refusal]:
     """Why a value may not be stored. None of these: row ``i`` is a function of the inputs' rows up to ``i``."""
     for _, cause in fact.tainted():
-        place = next((n for n in analyzed.steps if n.name == cause.node), node)
-        refusal = cause.error(detail=cause.why)
-        yield refusal.at(cause.node, source_of(place))
+        place = analyzed.named.get(cause.node, node)
+        yield cause.error(detail=cause.why).at(cause.node, source_of(place))
     yield from (e.at(node.name, source_of(node)) for e in _shape_obstacles(analyzed, fact))
     if not fact.valid.free_symbols <= set().union(*(f.free_symbols for f in fact.valid.atoms(AppliedUndef)), set()):
         yield errors.EmptyRow(detail=f"rows are meaningful only where {fact.valid}").at(node.name, source_of(node))

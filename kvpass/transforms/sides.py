@@ -13,7 +13,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass.analysis.expressions import branches, number, simplify
-from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.facts import Fact, Fill, Kind, index
 from kvpass.analysis.sweep import Analyzed
 from kvpass.analysis.table import support_of
 from kvpass.ir import Attention, B, H, I, J, Read
@@ -130,13 +130,12 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         raise NotRecognised("a mask without a closed form")
     names = {"b": B, "h": H, "i": I, "j": J}
     expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
-    by_name = {leaf_name(n.name): n for n in analyzed.steps}
     for leaf in sorted(expr.atoms(AppliedUndef), key=str):
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
         if all(load.name != name for load in loads):
-            loads.append(Load(name, by_name[name], ()))
+            loads.append(Load(name, analyzed.leaves[name], ()))
     return expr
 
 
