@@ -30,12 +30,10 @@ class Repeats:
 
     Attributes:
         kinds: of each node, the number of its kind.
-        count: how many kinds there are, which is how often a rule ran.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[fx.Node, int] = {}
-        self.count = 0
         self._steps: dict[Hashable, tuple[int, Step]] = {}
         self._facts: dict[Fact, Fact] = {}
 
@@ -46,9 +44,8 @@ class Repeats:
     def step(self, node: fx.Node, key: Any, operands: Sequence[fx.Node], compute: Callable[[], Step]) -> Step:
         """The step of a node: that of its kind, on its own operands."""
         key = comparable(key)
-        kind, step = self._steps.get(key, (self.count, None))
+        kind, step = self._steps.get(key, (len(self.kinds), None))  # a number that no kind has yet
         if step is None:
-            self.count += 1
             step = compute()
             step = replace(step, facts=tuple(map(self.shared, step.facts)))
             if not any(speaks_of(fact, node.name) for fact in step.facts):

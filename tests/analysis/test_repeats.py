@@ -117,8 +117,8 @@ def test_arguments_and_sizes_are_part_of_the_kind() -> None:
     assert len(set(kinds)) == len(kinds)
 
 
-def test_the_cut_is_one_for_each_layer(stacks: dict[int, Captured], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pass looks through the whole graph for one of its values."""
+def test_no_pass_walks_the_graph_once_a_layer(stacks: dict[int, Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look one value up."""
     walks = Counter[str]()
 
     class Watched(dict[Any, Any]):
