@@ -16,6 +16,7 @@ from kvpass.analysis.expressions import Value, boolean, constant
 from kvpass.analysis.facts import Fill, index
 
 _MAX_ENTRIES = 1 << 26
+_MOST_VALUES = 4  # runs of equal entries along the offsets of a band; the first row of the other forms has two
 
 
 def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
@@ -28,13 +29,19 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     axes = [k for k, size in enumerate(tensor.shape) if size != 1]
     if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or not 1 <= len(axes) <= 4:
         return None
-    flat = tensor.detach().cpu().reshape([tensor.shape[k] for k in axes])
+    flat = tensor.detach().reshape([tensor.shape[k] for k in axes])
     if len(axes) == 1:
-        return _ramp(flat, index(0))
-    if flat.shape[-2] < 2:
+        return _ramp(flat.cpu(), index(0))
+    if flat.shape[-2] < 2 or not _first_row_fits(flat[(0,) * (len(axes) - 1)]):
         return None
+    flat = flat.cpu()
     form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
+
+
+def _first_row_fits(row: torch.Tensor) -> bool:
+    """False of a row that no formula below begins with: of a weight, nothing else is read."""
+    return int((row[1:] != row[:-1]).sum()) < _MOST_VALUES
 
 
 def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
@@ -54,8 +61,8 @@ def _bands(m: torch.Tensor) -> Value | None:
     """A function of ``j - i`` that takes few values: triangles, bands, windows."""
     rows, cols = m.shape
     by_offset = torch.cat([m[:, 0].flip(0), m[0, 1:]])  # offsets -(rows-1) .. cols-1
-    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:5]]
-    if len(starts) > 4:
+    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:_MOST_VALUES]]
+    if len(starts) > _MOST_VALUES:
         return None
     i, j = torch.arange(rows).unsqueeze(1), torch.arange(cols)
     if not torch.equal(m, by_offset[(j - i) + rows - 1]):

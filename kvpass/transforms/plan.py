@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import networkx as nx
@@ -98,12 +99,16 @@ class Plan:
     lifts: frozenset[fx.Node] = frozenset()
     ahead: tuple[Prefix, ...] = ()
 
+    @cached_property
+    def _slots(self) -> dict[fx.Node, Slot]:
+        return {slot.node: slot for slot in self.slots}
+
     @property
     def bytes_per_row(self) -> int:
         return sum(slot.bytes_per_row for slot in self.slots if not slot.is_output)
 
     def slot_of(self, node: fx.Node) -> Slot | None:
-        return next((slot for slot in self.slots if slot.node is node), None)
+        return self._slots.get(node)
 
 
 def canonical(demand: Demand, fact: Fact) -> Demand:
@@ -312,9 +317,8 @@ def _refuse(analyzed: Analyzed, sink: fx.Node, node: fx.Node) -> None:
 def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors.Refusal]:
     """Why a value may not be stored. None of these: row ``i`` is a function of the inputs' rows up to ``i``."""
     for _, cause in fact.tainted():
-        place = next((n for n in analyzed.steps if n.name == cause.node), node)
-        refusal = cause.error(detail=cause.why)
-        yield refusal.at(cause.node, source_of(place))
+        place = analyzed.named.get(cause.node, node)
+        yield cause.error(detail=cause.why).at(cause.node, source_of(place))
     for refusal in _shape_obstacles(analyzed, fact):
         place = _origin(analyzed, node, type(refusal))
         yield refusal.at(place.name, source_of(place))

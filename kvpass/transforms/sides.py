@@ -14,7 +14,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify
-from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.facts import Fact, Fill, Kind, index
 from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
 from kvpass.ir import SCORE, Attention, B, H, I, J, Read
@@ -157,13 +157,12 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         raise NotRecognised("a mask without a closed form")
     names = {"b": B, "h": H, "i": I, "j": J}
     expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
-    by_name = {leaf_name(n.name): n for n in analyzed.steps}
     for leaf in sorted(expr.atoms(AppliedUndef), key=str):
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
         if all(load.name != name for load in loads):
-            loads.append(Load(name, by_name[name], None))
+            loads.append(Load(name, analyzed.leaves[name], None))
     return expr
 
 
