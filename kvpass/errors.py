@@ -62,8 +62,11 @@ class Refusal(KvpassError):
 
 class StaticLength(Refusal):
     code = "KV101"
-    template = "the graph was captured for one fixed length, so nothing in it says which axis is the sequence"
-    hint = "the next call with another length is captured with a symbolic one; kvpass.compile() does so from the first"
+    template = "the graph was captured for one fixed length, so {detail}"
+    hint = (
+        "the next call with another length is captured with a symbolic one (kvpass.compile does so from the first), "
+        "unless the model makes a Python number of it: ops over all rows, cumsum for one, in place of a loop over them"
+    )
 
 
 class SingleRow(Refusal):

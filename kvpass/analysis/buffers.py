@@ -16,25 +16,32 @@ from kvpass.analysis.expressions import Value, boolean, constant
 from kvpass.analysis.facts import Fill, index
 
 _MAX_ENTRIES = 1 << 26
+_MOST_VALUES = 4  # runs of equal entries along the offsets of a band; the first row of the other forms has two
 
 
 def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
     """The entries of a tensor as an expression over ``index(k)``, one ``k`` per axis of more than one entry.
 
     Args:
-        tensor: any shape; only one- and two-dimensional ones (beside axes of size one) are looked at.
+        tensor: any shape; of more than two axes (beside those of size one) only a triangle in the last two is seen.
         leaf: makes the leaf function of this tensor, used where only part of the content has a formula.
     """
     axes = [k for k, size in enumerate(tensor.shape) if size != 1]
-    if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or len(axes) not in (1, 2):
+    if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or not 1 <= len(axes) <= 4:
         return None
-    flat = tensor.detach().cpu().reshape([tensor.shape[k] for k in axes])
+    flat = tensor.detach().reshape([tensor.shape[k] for k in axes])
     if len(axes) == 1:
-        return _ramp(flat, index(0))
-    if flat.shape[0] < 2:
+        return _ramp(flat.cpu(), index(0))
+    if flat.shape[-2] < 2 or not _first_row_fits(flat[(0,) * (len(axes) - 1)]):
         return None
-    form = _bands(flat) or _chunks(flat) or _triangle(flat, leaf)
+    flat = flat.cpu()
+    form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
+
+
+def _first_row_fits(row: torch.Tensor) -> bool:
+    """False of a row that no formula below begins with: of a weight, nothing else is read."""
+    return int((row[1:] != row[:-1]).sum()) < _MOST_VALUES
 
 
 def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
@@ -54,8 +61,8 @@ def _bands(m: torch.Tensor) -> Value | None:
     """A function of ``j - i`` that takes few values: triangles, bands, windows."""
     rows, cols = m.shape
     by_offset = torch.cat([m[:, 0].flip(0), m[0, 1:]])  # offsets -(rows-1) .. cols-1
-    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:5]]
-    if len(starts) > 4:
+    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:_MOST_VALUES]]
+    if len(starts) > _MOST_VALUES:
         return None
     i, j = torch.arange(rows).unsqueeze(1), torch.arange(cols)
     if not torch.equal(m, by_offset[(j - i) + rows - 1]):
@@ -87,12 +94,12 @@ def _chunks(m: torch.Tensor) -> Value | None:
 
 
 def _triangle(m: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
-    """Anything on and below the diagonal, one fill above it."""
-    rows, cols = m.shape
+    """Anything on and below the diagonal, one fill above it, in each matrix of the last two axes."""
+    *_, rows, cols = m.shape
     if rows != cols:
         return None
-    above = m[torch.triu(torch.ones(rows, cols, dtype=torch.bool), 1)]
+    above = m[..., torch.triu(torch.ones(rows, cols, dtype=torch.bool), 1)].flatten()
     fill = _value(above[0])
     if fill is None or not bool((above == above[0]).all()) or (Fill.of(fill) is None and fill != 1):
         return None
-    return sympy.Piecewise((leaf(), sympy.Le(index(1), index(0))), (fill, True))
+    return sympy.Piecewise((leaf(), sympy.Le(index(m.dim() - 1), index(m.dim() - 2))), (fill, True))

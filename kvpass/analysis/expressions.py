@@ -150,7 +150,24 @@ def decide(rel: Boolean) -> Boolean:
         return sympy.true if answer else sympy.false
     if type(rel) in (sympy.Eq, sympy.Ne) and (diff.is_positive or diff.is_negative):
         return sympy.false if type(rel) is sympy.Eq else sympy.true
-    return _normal(type(rel), diff) if diff.is_integer else rel
+    if not diff.is_integer:
+        return rel
+    normal = _normal(type(rel), diff)
+    return sympy.false if _above(normal) else normal
+
+
+def _above(rel: Boolean) -> bool:
+    """True of ``floor(a) - floor(b) + rest <= c`` that holds nowhere: with ``a >= b`` the first two are at least 0."""
+    if not isinstance(rel, sympy.LessThan):
+        return False
+    diff = sympy.expand(rel.lhs - rel.rhs)
+    floors = sorted(diff.atoms(sympy.floor), key=sympy.default_sort_key)
+    for a in floors:
+        for b in floors:
+            more, less = diff.coeff(a), diff.coeff(b)
+            if more.is_positive and more == -less and (a.args[0] - b.args[0]).expand().is_nonnegative:
+                return bool(sympy.expand(diff - more * (a - b)).is_positive)
+    return False
 
 
 def _normal(kind: type, diff: sympy.Expr) -> Boolean:

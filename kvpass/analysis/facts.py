@@ -91,6 +91,26 @@ def leaf_name(node: str) -> str:
     return f"v_{node}"
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Prefix:
+    """The rows of a sequence below ``input + offset``; the input has a number for each sequence, or one for all."""
+
+    input: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Along which atoms (or labels) a value is affine, or level; see `kvpass.analysis.shifts`."""
+
+    affine: frozenset[int] = frozenset()
+    level: frozenset[int] = frozenset()
+
+    def renamed(self, old: int, new: int) -> Shift:
+        affine, level = (frozenset(new if k == old else k for k in kept) for kept in (self.affine, self.level))
+        return Shift(affine, level)
+
+
 @dataclass(frozen=True)
 class Fact:
     """What is known of one tensor.
@@ -101,6 +121,8 @@ class Fact:
         deps: flat indices of the SEQ atoms that bound the rows it depends on.
         whole, length, batch, random: why it depends on rows beyond ``deps``, on the number of rows, on other
             sequences of the batch (or on its own place among them), on chance; None where it does not.
+        shift: how the length, or the index, changes the entries along an axis.
+        ahead: rows that an entry depends on as well, whatever its own row: the first ones of its sequence.
         context, sequence: it depends on an input of the context, on one that has the sequence axis.
         together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
             a row is known by the contexts of the whole batch.
@@ -124,6 +146,8 @@ class Fact:
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
     valid: Boolean = field(default=sympy.true)
+    ahead: frozenset[Prefix] = frozenset()
+    shift: Shift = Shift()
 
     @cached_property
     def atoms(self) -> tuple[Atom, ...]:
@@ -156,7 +180,7 @@ class Fact:
 
     def index_only(self) -> bool:
         """True where no input row matters: the value is a function of indices, weights and context."""
-        return not self.deps and self.whole is None
+        return not self.deps and not self.ahead and self.whole is None
 
     def of_context(self) -> bool:
         """True of a value of the context: no input of the sequence matters, and one of the context does."""

@@ -59,7 +59,7 @@ class _Hasher:
         self.ordinal = {i.name: k for k, i in enumerate(captured.of(Role.SEQUENCE))}
         self.ordinal |= {i.name: k for k, i in enumerate(captured.of(Role.CONTEXT))}
         self.found: dict[fx.Node, bytes] = {}
-        self.leaves = {leaf_name(node.name): node for node in analyzed.steps}
+        self.leaves = analyzed.leaves
 
     def visit(self, node: fx.Node) -> None:
         fact = self.analyzed.fact(node)

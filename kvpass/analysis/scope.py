@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute, tidy
-from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, index
+from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
 from kvpass.analysis.laws import Laws
 
 Label = int
@@ -54,6 +54,8 @@ class Parts:
     support: Boolean = sympy.true
     fill: Fill | None = None
     valid: Boolean = sympy.true
+    ahead: frozenset[Prefix] = frozenset()
+    shift: Shift = field(default_factory=Shift)
 
 
 def symbol(label: Label) -> sympy.Symbol:
@@ -73,13 +75,14 @@ class Axes:
 
     ``lead`` entries stand before the first row where an axis holds more than the rows: a prefix of the context. They
     are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
-    is swept.
+    is swept; ``context`` says which of them are arguments without rows, by the name of the argument.
     """
 
     seq: sympy.Symbol
     batch: Expr
     lead: Expr = ZERO
     laws: Laws = field(default_factory=dict)
+    context: dict[str, str] = field(default_factory=dict)
 
     def start(self, size: Expr) -> Expr:
         """The row of the first entry of a new axis along the sequence."""
@@ -162,6 +165,7 @@ class Scope:
             parts.length = parts.length or fact.length
             parts.batch = parts.batch or fact.batch
             parts.random = parts.random or fact.random
+            parts.ahead |= fact.ahead
             parts.context = parts.context or fact.context
             parts.sequence = parts.sequence or fact.sequence
             parts.together = parts.together or fact.together
@@ -364,8 +368,16 @@ class Scope:
             support=settle(parts.support),
             fill=parts.fill,
             valid=settle(parts.valid),
+            ahead=parts.ahead,
+            shift=self._shift_of(parts, place),
         )
         return fact, place
+
+    def _shift_of(self, parts: Parts, place: dict[Label, int]) -> Shift:
+        def of(labels: frozenset[Label]) -> frozenset[int]:
+            return frozenset(place[x] for label in labels for x in self.expanded([label]) if x in place)
+
+        return Shift(of(parts.shift.affine), of(parts.shift.level))
 
     def _bounded(self, parts: Parts, place: dict[Label, int]) -> tuple[set[int], Cause | None]:
         deps, whole = set(), parts.whole

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,22 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
-from kvpass.analysis import laws
+from kvpass.analysis import laws, shifts
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
-from kvpass.analysis.scope import Axes, Link, Scope
+from kvpass.analysis.scope import Axes, Link, Scope, quotient
 from kvpass.analysis.table import RULES, Op, Out, support_of
 from kvpass.ir import Captured, Input, Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One op, understood.
 
@@ -49,13 +52,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Analyzed:
-    """The captured graph with a step for every tensor value."""
+    """The captured graph with a step for every tensor value.
+
+    Attributes:
+        kinds: of each value a number, which it shares with those that are the same op on operands of the same facts:
+            the layers of a stack repeat them. What weights hold does not enter.
+    """
 
     captured: Captured
     steps: Mapping[fx.Node, Step]
+    kinds: Mapping[fx.Node, int] = field(default_factory=dict)
 
     def fact(self, node: fx.Node) -> Fact:
         return self.steps[node].fact
+
+    @cached_property
+    def named(self) -> Mapping[str, fx.Node]:
+        """The values by name."""
+        return {node.name: node for node in self.steps}
+
+    @cached_property
+    def leaves(self) -> Mapping[str, fx.Node]:
+        """The values by the name of the function that stands for their entries."""
+        return {leaf_name(name): node for name, node in self.named.items()}
 
     @property
     def together(self) -> bool:
@@ -69,7 +88,16 @@ class Analyzed:
 
 def sym(value: Any) -> Expr:
     """A size as sympy: SymInt, SymFloat, or a Python number."""
-    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(value)
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return sympy.sympify(value)
+    expr: Expr = value.node.expr
+    return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
+
+
+def _divided(a: Expr, b: Expr) -> Expr:
+    """``(s * s) // s`` is ``s``, of sizes."""
+    exact = quotient(a, b)
+    return FloorDiv(a, b) if exact is None else exact
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -108,17 +136,19 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     Raises:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
-    axes = Axes(captured.seq, captured.batch, captured.lead)
+    context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
+    axes = Axes(captured.seq, captured.batch, captured.lead, context=context)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
+    repeats = Repeats()
     for node in captured.module.graph.nodes if upto is None else _ancestry(upto):
         try:
-            step = _step(node, steps, captured, inputs, axes)
+            step = _step(node, steps, captured, inputs, axes, repeats)
         except errors.Refusal as refusal:
             raise refusal.at(node.name, source_of(node)) from None
         if step is not None:
             steps[node] = step
-    return Analyzed(captured, steps)
+    return Analyzed(captured, steps, repeats.kinds)
 
 
 def _ancestry(node: fx.Node) -> list[fx.Node]:
@@ -132,20 +162,31 @@ def _ancestry(node: fx.Node) -> list[fx.Node]:
 
 
 def _step(
-    node: fx.Node, steps: Mapping[fx.Node, Step], captured: Captured, inputs: Mapping[str, Input], axes: Axes
+    node: fx.Node,
+    steps: Mapping[fx.Node, Step],
+    captured: Captured,
+    inputs: Mapping[str, Input],
+    axes: Axes,
+    repeats: Repeats,
 ) -> Step | None:
     if node.op == "placeholder":
         given = inputs[node.name]
         if given.role is Role.SYMBOL:
             return None
-        return Step((_input_fact(node, given, captured),))
+        return _source(node, given.role, _input_fact(node, given, captured), repeats)
     if node.op == "get_attr":
-        return Step((_lifted_fact(node, attribute(captured.module, str(node.target))),))
+        tensor = attribute(captured.module, str(node.target))
+        return _source(node, Role.CONSTANT, _lifted_fact(node, tensor), repeats)
     if node.op == "output" or not _tensors(node):
         return None
     if node.target is operator.getitem:
-        return _getitem(node, steps)
-    return _call(node, steps, axes)
+        return _getitem(node, steps, repeats)
+    return _call(node, steps, axes, repeats)
+
+
+def _source(node: fx.Node, role: Role, fact: Fact, repeats: Repeats) -> Step:
+    fact = repeats.shared(fact)
+    return repeats.step(node, (role, fact), (), lambda: Step((fact,)))
 
 
 def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
@@ -197,7 +238,7 @@ def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
 
 
 def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
-    """A number that the graph has as a tensor; of the model's own only the fill of a mask, others are learnt."""
+    """A number that stands in a tensor; of the model's own only what a mask is filled with, others are learnt."""
     if tensor.is_complex() or tensor.dtype is torch.float64:
         return None
     number = tensor.item()
@@ -228,7 +269,7 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
-    fact = replace(fact, support=support, fill=fill)
+    fact = replace(fact, support=support, fill=fill, shift=shifts.of_form(expr, fact.atoms, axes.seq))
     if expr.has(axes.seq):
         length = length or Cause(
             node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
@@ -237,7 +278,7 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
         length = None
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
-    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None)
+    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
 
 
 def _exact(expr: Value, dtype: torch.dtype) -> bool:
@@ -272,48 +313,66 @@ def _of_one_context(fact: Fact, op: Op) -> Fact:
     return replace(fact, batch=None, together=fact.together or fact.batch)
 
 
-def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step]) -> Step:
-    source, k = node.args
-    step = steps[source]  # type: ignore[index]
-    fact = step.facts[k]  # type: ignore[index]
-    return Step((fact,), (source,), (tuple(range(len(fact.atoms))),))  # type: ignore[arg-type]
+def _getitem(node: fx.Node, steps: Mapping[fx.Node, Step], repeats: Repeats) -> Step:
+    source, k = arguments(node)
+    fact, full = steps[source].facts[k], steps[source].full
+    step = Step((fact,), (source,), (tuple(range(len(fact.atoms))),), full)
+    return repeats.step(node, (operator.getitem, fact, full), (source,), lambda: step)
 
 
-def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> Step:
-    op, operands = _opened(node, steps, axes)
+def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes, repeats: Repeats) -> Step:
+    tensors, operands = _tensors(node), list[fx.Node]()
+
+    def given(arg: Any) -> Any:
+        """An argument without the names of nodes: facts, sizes and numbers."""
+        if isinstance(arg, fx.Node):
+            if arg in steps:
+                operands.append(arg)
+                return steps[arg].fact
+            return sym(arg.meta["val"])
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(given(a) for a in arg)
+        return sym(arg) if isinstance(arg, torch.SymInt) else arg
+
+    args = tuple(given(a) for a in node.args)
+    kwargs = {k: given(a) for k, a in node.kwargs.items()}
+    shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
+    dtypes = tuple(t.dtype for t in tensors)
+
+    def op() -> Op:
+        scope = Scope(node.name, axes)
+        return Op(node, scope, opened(args, scope), opened(kwargs, scope), shapes, dtypes)
+
+    def compute() -> Step:
+        return _ruled(node, op, tuple(operands))
+
+    return repeats.step(node, (node.target, args, tuple(kwargs.items()), shapes, dtypes), operands, compute)
+
+
+def _ruled(node: fx.Node, op: Callable[[], Op], operands: tuple[fx.Node, ...]) -> Step:
+    """What the rule of an op says; a function of the context alone needs none."""
     try:
         rule = RULES.get(node.target)
         if rule is None:
             raise errors.UnknownOp(detail=f"{node.target}")
-        result = rule(op)
+        seen = op()
+        result = rule(seen)
         outs = result if isinstance(result, list) else [result]
-        return _closed(op, outs, () if outs[0].detached else operands)
+        return _closed(seen, outs, () if outs[0].detached else operands)
     except errors.Refusal:
-        op, operands = _opened(node, steps, axes)  # without what the rule had begun
-        if not of_context_alone(op):
+        seen = op()  # without what the rule had begun
+        if not of_context_alone(seen):
             raise
-        return _closed(op, opaque(op), operands)
+        return _closed(seen, opaque(seen), operands)
 
 
-def _opened(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes) -> tuple[Op, tuple[fx.Node, ...]]:
-    """One call as a rule sees it, and the nodes of its operands."""
-    scope, tensors = Scope(node.name, axes), _tensors(node)
-    operands: list[fx.Node] = []
-
-    def convert(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            if arg in steps:
-                operands.append(arg)
-                return scope.open(steps[arg].fact)
-            return sym(arg.meta["val"])
-        if isinstance(arg, (list, tuple)):
-            return type(arg)(convert(a) for a in arg)
-        return sym(arg) if isinstance(arg, torch.SymInt) else arg
-
-    args = tuple(convert(a) for a in node.args)
-    kwargs = {k: convert(a) for k, a in node.kwargs.items()}
-    shapes = tuple(tuple(sym(d) for d in t.shape) for t in tensors)
-    return Op(node, scope, args, kwargs, shapes, tuple(t.dtype for t in tensors)), tuple(operands)
+def opened(arg: Any, scope: Scope) -> Any:
+    """An argument with its facts opened in a scope, in order."""
+    if isinstance(arg, Fact):
+        return scope.open(arg)
+    if isinstance(arg, dict):
+        return {k: opened(a, scope) for k, a in arg.items()}
+    return type(arg)(opened(a, scope) for a in arg) if isinstance(arg, (list, tuple)) else arg
 
 
 def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:

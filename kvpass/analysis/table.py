@@ -17,12 +17,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, branches, compare, constant, implies, is_boolean, simplify, substitute
-from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind
+from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind, Prefix
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
 
@@ -79,6 +80,11 @@ class Op:
                     f"{name_of(self.node)} uses the size of the batch as a number", errors.MixesBatch
                 )
         return parts
+
+    def counts_rows(self) -> bool:
+        """True where the number of rows is one of the numbers that the op is given."""
+        seq = self.scope.axes.seq
+        return any(isinstance(n, sympy.Basic) and n.has(seq) for n in self.scalars())
 
     def scalars(self) -> Iterator[Any]:
         """Non-tensor arguments, flat."""
@@ -142,20 +148,49 @@ def row_of(scope: Scope, label: Label) -> Expr:
 
 
 def bounding_row(op: Op, j: Label, kept: list[Label], support: Boolean) -> Label | None:
+    """The kept row that is proved to be no earlier than row ``j``, or than the end of a prefix; see `bound`."""
+    return bound(op, j, kept, support)[0]
+
+
+def bound(op: Op, j: Label, kept: list[Label], support: Boolean) -> tuple[Label | None, frozenset[Prefix]]:
     """The kept row that is proved to be no earlier than row ``j`` wherever ``support`` holds.
 
     This is the causality proof: ``support and row_j > row_i`` is contradictory, which `contradicts` decides after
-    substituting ``row_j = row_i + 1 + d`` with ``d >= 0``.
+    substituting ``row_j = row_i + 1 + d`` with ``d >= 0``. Where it is not, it may be so outside a prefix, whose
+    length the caller says: then that is the second result.
     """
     scope = op.scope
     support = scope.resolve(support)
     beyond = sympy.Symbol("d", integer=True, nonnegative=True)
+    prefixes = _prefixes(op, j, support)
     for i in row_labels(scope, kept):
-        later = row_of(scope, i) + 1 + beyond
-        there = substitute(support, {symbol(j): later - scope.atoms[j].start})
-        if implies(sympy.And(there, compare("ge", later, ZERO)), sympy.false):  # what is before row 0 reads no row
-            return i
-    return None
+        row = row_of(scope, i) + 1 + beyond
+        later = {symbol(j): row - scope.atoms[j].start}
+        # What is before row 0 reads no row.
+        rest = sympy.And(substitute(support, later), compare("ge", row, ZERO))
+        if implies(rest, sympy.false):
+            return i, frozenset()
+        for inside, prefix in prefixes.items():
+            if implies(rest, substitute(inside, later)):
+                return i, frozenset({prefix})
+    return None, frozenset()
+
+
+def _prefixes(op: Op, j: Label, support: Boolean) -> dict[Boolean, Prefix]:
+    """Conditions in a support that say ``row_j < n`` of a number ``n`` that the caller gives for each sequence."""
+    scope, out = op.scope, {}
+    for term in support.atoms(sympy.LessThan):
+        (leaf, *others) = term.atoms(AppliedUndef) or [None]
+        name = None if leaf is None or others else scope.axes.context.get(leaf.func.__name__)
+        offset = sympy.expand(term.rhs - term.lhs + symbol(j) - (leaf or ZERO)) + 1 + scope.atoms[j].start
+        if name is not None and offset.is_Integer and all(_own_sequence(scope, place) for place in leaf.args):
+            out[term] = Prefix(name, int(offset))
+    return out
+
+
+def _own_sequence(scope: Scope, place: Value) -> bool:
+    """True of the index along the batch."""
+    return any(place == symbol(label) and atom.kind is Kind.BATCH for label, atom in scope.atoms.items())
 
 
 def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], ignores: tuple[Fill, ...]) -> None:
@@ -174,15 +209,16 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
             )
         if atom.kind is not Kind.SEQ:
             continue
-        bound = bounding_row(op, j, kept, support)
-        _forget_row(op, parts, j, bound, support)
+        row, ahead = bound(op, j, kept, support)
+        parts.ahead |= ahead
+        _forget_row(op, parts, j, row, support)
     parts.support, parts.fill = _without(op, parts, gone)
 
 
-def _forget_row(op: Op, parts: Parts, j: Label, bound: Label | None, support: Boolean) -> None:
+def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Boolean) -> None:
     used = {label for label in parts.deps if op.scope.representative(label) == j}
     parts.deps -= used
-    if bound is None:
+    if row is None:
         why = f"{name_of(op.node)} combines all rows of the sequence"
         if support != sympy.true:
             why += f"; the rows it keeps, {pretty(op.scope, support)}, are not all at or before its own"
@@ -190,7 +226,7 @@ def _forget_row(op: Op, parts: Parts, j: Label, bound: Label | None, support: Bo
             parts.whole = parts.whole or op.cause(why)
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     elif used:
-        parts.deps.add(bound)
+        parts.deps.add(row)
     terms = sympy.And.make_args(op.scope.resolve(parts.valid))
     mine = [term for term in terms if symbol(j) in term.free_symbols]
     if mine and not implies(op.scope.resolve(support), sympy.And(*mine)):
@@ -221,12 +257,18 @@ def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolea
         if term.atoms(sympy.core.function.AppliedUndef):
             parts.valid = sympy.And(parts.valid, term)
         else:
-            why = f"a row that keeps no key ({pretty(scope, sympy.Not(term))}) becomes a mean over all of them"
+            when = "" if term == sympy.false else f" ({pretty(scope, sympy.Not(term))})"
+            why = f"{name_of(op.node)} makes a mean over all rows of a row that keeps no key, not even its own{when}"
             parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
 
 
 def pretty(scope: Scope, value: Value) -> str:
-    """A predicate over labels with ``j`` and ``i`` for the last and the last but one row symbol."""
-    symbols = sorted((s for s in value.free_symbols if s.name.startswith("_")), key=lambda s: int(s.name[1:]))
-    names = dict(zip(reversed(symbols), ("j", "i"), strict=False))
-    return str(value.xreplace({old: sympy.Symbol(new, integer=True, nonnegative=True) for old, new in names.items()}))
+    """A predicate over labels with ``j`` and ``i`` for the last and the last but one row symbol, ``b`` and ``h``."""
+    labels = sorted(int(s.name[1:]) for s in value.free_symbols if s.name.startswith("_"))
+    rows, names = [label for label in labels if scope.atoms[label].kind is Kind.SEQ], {}
+    for label in labels:
+        names[label] = "b" if scope.atoms[label].kind is Kind.BATCH else "h"
+    names |= dict(zip(reversed(rows), ("j", "i"), strict=False))
+    return str(
+        value.xreplace({symbol(old): sympy.Symbol(new, integer=True, nonnegative=True) for old, new in names.items()})
+    )

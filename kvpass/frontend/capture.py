@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
@@ -45,7 +46,11 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     gm, scalars = _with_numbers(expanded(gm), places, real)
     module = _exported(gm, fakes)
     refused: list[errors.Refusal] = []
+    fixed = _numbers(fakes)
     for seq in growing:
+        if seq in fixed:
+            refused.append(fixed[seq][1])
+            continue
         try:
             described = _described(_copied(module), places, fakes, real, constant, seq)
         except errors.Refusal as refusal:
@@ -172,12 +177,49 @@ def _sequence_symbols(
     votes |= {s: votes[s] + 10_000 for s in found}
     if votes:
         return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
-    lengths = {int(f.shape[1]) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
-    raise errors.SingleRow() if lengths == {1} else errors.StaticLength()
+    lengths = {int(sym(f.shape[1])) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
+    raise errors.SingleRow() if lengths == {1} else _static_length(fakes, lengths)
+
+
+def _static_length(fakes: Sequence[Any], lengths: set[int]) -> errors.StaticLength:
+    """Why a length is fixed: nobody said that it varies, or the model made a number of it."""
+    found = (refusal for number, refusal in _numbers(fakes).values() if number in lengths)
+    return next(found, errors.StaticLength(detail="nothing in it says which axis is the sequence"))
+
+
+def _numbers(fakes: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, errors.StaticLength]]:
+    """The symbols of sizes that tracing has found to be one number, and guards; with the reason that says so."""
+    found: dict[sympy.Symbol, tuple[int, errors.StaticLength]] = {}
+    env = next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
+    if env is None:
+        return found
+    for symbol, number in env.replacements.items():
+        if number.is_Integer:
+            found[symbol] = int(number), _made_a_number(int(number), env.replacements_slocs.get(symbol))
+    for guard in env.guards:
+        fixed = _fixed_by(guard.expr)
+        if fixed is not None:
+            found[fixed[0]] = fixed[1], _made_a_number(fixed[1], guard.sloc)
+    return found
+
+
+def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
+    """The symbol and its value, where a guard such as ``sqrt(s) == 3.0`` holds for one size only."""
+    if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
+        return None
+    (symbol,) = guard.free_symbols
+    holds = [n for n in range(2, 513) if guard.xreplace({symbol: sympy.Integer(n)}) == sympy.true]
+    return (symbol, holds[0]) if len(holds) == 1 else None
+
+
+def _made_a_number(number: int, place: Any) -> errors.StaticLength:
+    code, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
+    detail = f"it holds for {number} rows only: the model makes a Python number of how many there are"
+    return errors.StaticLength(detail=detail, source=f"{where}: {code}" if where else "")
 
 
 def _looks_like_ids(fake: Any, fixed: bool) -> bool:
-    return isinstance(fake, torch.Tensor) and not fixed and fake.dim() >= 2 and isinstance(fake.shape[1], int)
+    return isinstance(fake, torch.Tensor) and not fixed and fake.dim() >= 2 and bool(sym(fake.shape[1]).is_number)
 
 
 def _described(
@@ -238,7 +280,7 @@ def _tensor_input(
     axes = tuple(a for a, size in enumerate(fake.shape) if sym(size) == seq)
     if any(sym(size).has(seq) and sym(size) != seq for size in fake.shape):
         raise errors.NoSequence(detail=f"{source} has an axis whose length is computed from the sequence's")
-    lead = 0 if fake.dim() > 1 and 0 not in axes and sym(fake.shape[0]) == batch else None
+    lead = 0 if 0 not in axes and _is_batch(fake, batch) else None
     if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
         raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
     if len(axes) == 2:
@@ -249,6 +291,12 @@ def _tensor_input(
     if not axes and (batch == 1 or lead is None):
         lead = None
     return Input(name, k, role, source, axes, lead)
+
+
+def _is_batch(fake: torch.Tensor, batch: sympy.Expr) -> bool:
+    """Axis 0 is the batch. Of a vector as long as a batch of fixed size, only whole numbers are one a sequence."""
+    whole = not fake.is_floating_point() and fake.dim() == 1 and batch != 1
+    return bool((fake.dim() > 1 or whole or (fake.dim() == 1 and batch.free_symbols)) and sym(fake.shape[0]) == batch)
 
 
 def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], real: torch.Tensor) -> Input:

@@ -57,14 +57,9 @@ def verify(
     rng = random.Random(seed)
     texts = _Texts(captured, real, rng)
     plan = incremental.plan
-    keys = Keys(captured, plan.analyzed.together)
-    room = (
-        ((texts.rows + keys.lead(texts.prefix(2))) // _PAGE + 2)
-        * _PAGE
-        * texts.batch
-        * 2
-        * sum(s.bytes_per_row for s in plan.slots)
-    )
+    keys = Keys(captured, plan.ahead, plan.analyzed.together)
+    held = (texts.rows + keys.lead(texts.prefix(2))) // _PAGE + 2
+    room = held * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
     names = identities(plan.analyzed, {name: name.encode() for name in captured.constants})
     table = cache.register(

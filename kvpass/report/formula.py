@@ -224,13 +224,24 @@ def _rank(value: Any, otherwise: int) -> int:
 def causality(support: sympy.Basic, leaves: Leaves | None = None) -> str:
     """Why no ``j > i`` satisfies a support, in words; empty where `implies` finds no proof."""
     later = {J: I + 1 + BEYOND}
-    if not implies(support.xreplace(later), sympy.false):
-        return ""
     start = "j = i + 1 + d with d >= 0"
+    if not implies(support.xreplace(later), sympy.false):
+        inside = [
+            t
+            for t in support.atoms(sympy.LessThan)
+            if _ends_a_prefix(t) and implies(support.xreplace(later), t.xreplace(later))
+        ]
+        return f"{start} leaves {formula(inside[0], leaves)}: rows that are part of every row's key" if inside else ""
     for part in _conjuncts(support):
         if implies(part.xreplace(later), sympy.false):
             return f"{start} turns {formula(part, leaves)} into {_shown(part, later)}: False"
     return f"{start} turns {formula(support, leaves)} into False"
+
+
+def _ends_a_prefix(term: sympy.Basic) -> bool:
+    """True of a bound on ``j`` by what the caller says of the sequence."""
+    said = term.atoms(AppliedUndef)
+    return bool(said) and term.has(J) and not term.has(I) and not any(leaf.has(J) for leaf in said)
 
 
 def _conjuncts(support: sympy.Basic) -> Iterable[Any]:

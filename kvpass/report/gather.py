@@ -74,6 +74,7 @@ def _rewritten(incremental: Incremental) -> GraphReport:
         slots=slot_reports(incremental),
         tail=plan.tail,
         hints=(*_own_cache(analyzed), *_unread(incremental)),
+        prefixes=_prefixes(incremental),
         tensors=len(analyzed.captured.constants),
         batch=Sizes(analyzed.captured).text(analyzed.captured.batch),
     )
@@ -241,6 +242,12 @@ def _serving(incremental: Incremental) -> set[str]:
         elif held and node.op != "output":
             out.add(held)
     return out
+
+
+def _prefixes(incremental: Incremental) -> tuple[str, ...]:
+    """Where the prefixes end that other rows depend on, though some of their rows come later."""
+    names = display_names(incremental.plan.analyzed.captured)
+    return tuple(names[p.input] + (f" + {p.offset}" if p.offset else "") for p in incremental.plan.ahead)
 
 
 def _own_cache(analyzed: Analyzed) -> tuple[str, ...]:

@@ -171,3 +171,5 @@ class GraphReport:
     batch: str = ""
     tail: int = 0
     hints: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    """Ends of the first rows on which every row may depend, whatever its own: numbers of the caller's."""

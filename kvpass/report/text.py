@@ -42,7 +42,9 @@ def _verdict(parts: Sequence[GraphReport]) -> str:
         )
         return f"refused ({codes}): {what}" + ("" if len(parts) == 1 else " run as they were written")
     graphs = "one graph" if len(parts) == 1 else f"{len(parts)} graphs, each with a cache of its own rows"
-    return f"proven: row i of every output depends on the inputs' rows up to i only ({graphs})"
+    ends = dict.fromkeys(end for part in parts for end in part.prefixes)
+    also = "".join(f", and on those below {end}," for end in ends)
+    return f"proven: row i of every output depends on the inputs' rows up to i{also} only ({graphs})"
 
 
 def _graph(part: GraphReport) -> list[str]:
@@ -89,7 +91,8 @@ def _refusal(refusal: RefusalReport) -> list[str]:
     lines = [f"{refusal.code} {refusal.reason}: {refusal.message}"]
     lines += [f"    node {refusal.node}"] if refusal.node else []
     lines += _at(refusal.source, 1)
-    return lines + ([f"    hint: {refusal.hint}"] if refusal.hint else [])
+    lines += [f"    hint: {refusal.hint}"] if refusal.hint else []
+    return [*lines, f"    more: docs/refusals.md#{refusal.code}-{refusal.reason}".lower()]
 
 
 _ROLES: dict[str, Callable[[str], str]] = {

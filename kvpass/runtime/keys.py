@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from kvpass.analysis.facts import Prefix
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
 
@@ -19,10 +20,13 @@ class Keys:
     """How to take keys from the arguments of a captured graph.
 
     Args:
+        ahead: rows that all others may depend on, the first ones of a sequence: each row's key holds their digest.
         together: a row may depend on the contexts of the other sequences of its batch, and on its place among them.
     """
 
-    def __init__(self, captured: Captured, together: bool = False) -> None:
+    def __init__(self, captured: Captured, ahead: Sequence[Prefix] = (), together: bool = False) -> None:
+        by_name = {i.name: i for i in captured.inputs}
+        self.ahead = [(by_name[prefix.input], prefix.offset) for prefix in ahead]
         self.together = together
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
@@ -66,7 +70,21 @@ class Keys:
             if given.batch_axis is not None:
                 tables.append(_own_context(args[given.index], batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
+        if self.ahead:
+            table = np.concatenate([table, self._prefixes(args, table, lead)], axis=2)
         return [row.tobytes() for row in table], table.shape[2]
+
+    def _prefixes(self, args: Sequence[Any], table: np.ndarray, lead: int) -> np.ndarray:
+        """The digest of each sequence's own prefix, as far as there is text, at each of its rows."""
+        batch, length, _ = table.shape
+        ends = np.zeros(batch, np.int64)
+        for given, offset in self.ahead:
+            numbers = args[given.index].detach().cpu().reshape(-1).to(torch.int64).numpy()
+            ends = np.maximum(ends, np.broadcast_to(numbers, batch) + offset)
+        held = [text[: lead + max(int(end), 0)] for text, end in zip(table, ends, strict=True)]
+        digests = [hashlib.sha256(len(rows).to_bytes(8, "big") + rows.tobytes()).digest() for rows in held]
+        each = np.frombuffer(b"".join(digests), np.uint8).reshape(batch, 1, 32)
+        return np.broadcast_to(each, (batch, length, 32))
 
     def context(self, args: Sequence[Any]) -> bytes:
         """Digest of what the whole batch shares."""

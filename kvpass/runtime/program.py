@@ -39,6 +39,7 @@ class Bound:
     """An incremental graph with its slots named for one set of weights."""
 
     incremental: Incremental
+    keys: Keys
     weights: Weights
     table: SlotTable
     lenders: Mapping[int, Lender]
@@ -46,12 +47,12 @@ class Bound:
     hoisted: Hoisted | None
     remembered: Remembered
 
-    def run(self, args: Sequence[Any], lease: Lease, keys: Keys, context: bytes, rows: Sequence[bytes]) -> Outputs:
+    def run(self, args: Sequence[Any], lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
         """One call; the outputs are the caller's."""
         ahead: Outputs = ()
         if self.hoisted is not None:
             part = self.hoisted.context
-            ahead = self.remembered.get(keys.hoisting(args), lambda: _without_gradients(part, args), args)
+            ahead = self.remembered.get(self.keys.hoisting(args), lambda: _without_gradients(part, args), args)
         outputs = _without_gradients(self.module, [*args, *_cache_arguments(self.incremental, lease), *ahead])
         kept = {storage_of(value) for value in (*lease.pools, *ahead) if isinstance(value, torch.Tensor)}
         owned = list(outputs)
@@ -93,7 +94,6 @@ class Program:
         rebuild: Callable[[Captured], Incremental],
     ) -> None:
         self.captured, self.plain, self.cache, self._rebuild = captured, plain, cache, rebuild
-        self.keys = Keys(captured, incremental.plan.analyzed.together)
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
         self._lock = threading.Lock()
@@ -126,18 +126,18 @@ class Program:
         bound = self._current(args)
         if bound is None or not self._numbers_hold(args) or not self._forms_hold(args):
             return self._plainly(args)
-        rows, width = self.keys.rows(args)
-        length = self.keys.length(args) + self.keys.lead(args)
+        rows, width = bound.keys.rows(args)
+        length = bound.keys.length(args) + bound.keys.lead(args)
         limit = length - bound.incremental.plan.tail
         if limit < 0:
             return self._plainly(args)
-        context = self.keys.context(args)
+        context = bound.keys.context(args)
         lease = self.cache.begin(bound.table, rows, width, context, limit=limit)
         if not lease.stored:
             self._warn("capacity", str(errors.CapacityTooSmall(detail=lease.reason)))
             return self._plainly(args)
         with lease:
-            return bound.run(args, lease, self.keys, context, rows)
+            return bound.run(args, lease, context, rows)
 
     def _plainly(self, args: Sequence[Any]) -> Outputs:
         return tuple(self.plain(*args))
@@ -200,9 +200,13 @@ class Program:
         ]
         # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
         remembered = Remembered(self.cache.stats().bytes_capacity // 10)
-        hoisted = hoist(incremental)
+        keys, table, hoisted = (
+            Keys(self.captured, plan.ahead, plan.analyzed.together),
+            self.cache.register(slots),
+            hoist(incremental),
+        )
         module = lazily(incremental.module if hoisted is None else hoisted.step)
-        return Bound(incremental, weights, self.cache.register(slots), _lenders(plan), module, hoisted, remembered)
+        return Bound(incremental, keys, weights, table, _lenders(plan), module, hoisted, remembered)
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
@@ -219,7 +223,7 @@ class Program:
 
     def _forms_hold(self, args: Sequence[Any]) -> bool:
         """Masks that the caller passes must still be what was proved of them."""
-        for given in self.keys.forms:
+        for given in self.captured.of(Role.FORM):
             if not form_holds(args[given.index], given.form):
                 self._warn(given.name, f"{given.source} is no longer {given.form}: the call runs without the cache")
                 return False

@@ -1,8 +1,8 @@
-"""Short convolutions over the rows: a sum over their taps, each a row some steps back times a weight.
+"""Short convolutions and windows over the rows: a sum over their taps, each a row some steps back times a weight.
 
 ``conv(pad(x, (c - 1, 0)))`` and ``conv(x, padding=c - 1)[..., :s]`` are ``sum_t w[t] * x[i - shift_t]``. A row some
 steps back is a padding with as much taken from the other end, which has a rule; a tap that looks ahead is one too, and
-is refused by it.
+is refused by it. ``unfold(pad(x, (c - 1, 0)), c, 1)`` is the rows themselves, beside each other.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ _MOST_TAPS = 32
 
 
 def unrolled(graph: fx.Graph) -> None:
-    """Rewrite every convolution over an axis of unknown length that keeps its length."""
+    """Rewrite every convolution, and every window, over an axis of unknown length that keeps its length."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (aten.conv1d.default, aten.convolution.default):
             _unroll(graph, node)
+        elif node.target is aten.unfold.default:
+            _unfold(graph, node)
 
 
 def _unroll(graph: fx.Graph, node: fx.Node) -> None:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     given: dict[str, Any] = dict(zip(names, arguments(node), strict=False)) | node.kwargs
     weight, bias = given["weight"], given.get("bias")
-    x, left = _unpadded(given["input"])
+    x, left = _unpadded(given["input"], 1)
     value, shape = x.meta["val"], weight.meta["val"].shape
     stride, padding, dilation = ((given.get(k) or [n])[0] for k, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
     groups, transposed = given.get("groups", 1), given.get("transposed", False)
@@ -45,7 +47,7 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         total = None
         for tap in range(shape[2]):
-            row = _back(graph, node, x, left + padding - tap * dilation)
+            row = _back(graph, node, x, left + padding - tap * dilation, 1)
             factor = call(graph, node, aten.select.int, weight, 2, tap)
             part = call(
                 graph, node, *((aten.mul.Tensor, row, factor) if depthwise else (aten.matmul.default, factor, row))
@@ -57,14 +59,30 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
         end.replace_all_uses_with(total)  # type: ignore[arg-type]
 
 
-def _unpadded(x: fx.Node) -> tuple[fx.Node, int]:
-    """What was padded with zeros along the last axis, and by how much before it."""
+def _unfold(graph: fx.Graph, node: fx.Node) -> None:
+    padded, axis, size, step = arguments(node)
+    rank = padded.meta["val"].dim()
+    behind = rank - axis % rank
+    x, left = _unpadded(padded, behind)
+    length = sym(x.meta["val"].shape[axis])
+    if step != 1 or size > _MOST_TAPS or length.is_number or sym(node.meta["val"].shape[axis % rank]) != length:
+        return
+    with graph.inserting_before(node):
+        taps = [_back(graph, x, x, left - tap, behind) for tap in range(size)]
+        made = call(graph, node, aten.stack.default, taps, rank)
+    node.replace_all_uses_with(made)
+
+
+def _unpadded(x: fx.Node, behind: int) -> tuple[fx.Node, int]:
+    """What was padded with zeros along the axis that is number ``behind`` from the end, and by how much before it."""
     if x.target not in _PADS or x.kwargs:
         return x, 0
     source, amounts, *rest = arguments(x)
     zeros = all(given in (None, 0, "constant") for given in rest)
-    before = amounts[0]
-    return (source, before) if zeros and isinstance(before, int) and not any(amounts[2:]) else (x, 0)
+    place = 2 * (behind - 1)
+    before = amounts[place] if place < len(amounts) else 0
+    others = [*amounts[:place], *amounts[place + 2 :]]
+    return (source, before) if zeros and isinstance(before, int) and not any(others) else (x, 0)
 
 
 def _kept(node: fx.Node, length: Any) -> list[fx.Node]:
@@ -81,10 +99,11 @@ def _kept(node: fx.Node, length: Any) -> list[fx.Node]:
     return users
 
 
-def _back(graph: fx.Graph, like: fx.Node, x: fx.Node, steps: int) -> fx.Node:
+def _back(graph: fx.Graph, like: fx.Node, x: fx.Node, steps: int, behind: int) -> fx.Node:
     """Row ``i - steps`` at row ``i``, zero before the first. Traced, it would ask whether there are so many rows."""
     if steps == 0:
         return x
-    node = graph.call_function(aten.constant_pad_nd.default, (x, [steps, -steps]))
+    amounts = [*([0, 0] * (behind - 1)), steps, -steps]
+    node = graph.call_function(aten.constant_pad_nd.default, (x, amounts))
     node.meta = {**like.meta, "val": x.meta["val"]}
     return node

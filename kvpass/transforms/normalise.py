@@ -17,6 +17,7 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.ir import Captured
 from kvpass.transforms.composites import decomposed
 from kvpass.transforms.convolutions import unrolled
+from kvpass.transforms.differences import distributed
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
@@ -65,6 +66,7 @@ def normalise(captured: Captured) -> None:
     unrolled(graph)
     respelled(captured)
     separate(graph)
+    distributed(graph)
     unsorted(graph)
     graph.eliminate_dead_code()
     module.recompile()

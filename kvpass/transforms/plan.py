@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import networkx as nx
@@ -20,7 +21,7 @@ from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.expressions import implies
-from kvpass.analysis.facts import Atom, Fact, Kind, index
+from kvpass.analysis.facts import Atom, Fact, Kind, Prefix, index
 from kvpass.analysis.sweep import Analyzed, Step, source_of
 
 aten = torch.ops.aten
@@ -88,6 +89,7 @@ class Plan:
         free: values that are cheap to rebuild from the inputs for all rows.
         tail: at least this many of the last rows must be computed in every call.
         lifts: values that may be computed for all rows in a call, and are not stored, since a narrower one is.
+        ahead: the rows of these prefixes are part of what every row is known by.
     """
 
     analyzed: Analyzed
@@ -95,13 +97,18 @@ class Plan:
     free: frozenset[fx.Node]
     tail: int
     lifts: frozenset[fx.Node] = frozenset()
+    ahead: tuple[Prefix, ...] = ()
+
+    @cached_property
+    def _slots(self) -> dict[fx.Node, Slot]:
+        return {slot.node: slot for slot in self.slots}
 
     @property
     def bytes_per_row(self) -> int:
         return sum(slot.bytes_per_row for slot in self.slots if not slot.is_output)
 
     def slot_of(self, node: fx.Node) -> Slot | None:
-        return next((slot for slot in self.slots if slot.node is node), None)
+        return self._slots.get(node)
 
 
 def canonical(demand: Demand, fact: Fact) -> Demand:
@@ -138,7 +145,8 @@ def plan(analyzed: Analyzed, lifts: frozenset[fx.Node] = frozenset()) -> Plan:
     slots = tuple(_slot(analyzed, node, node in outputs and node in sweep.only_output) for node in order)
     if not slots:
         raise errors.NothingStored()
-    return Plan(analyzed, slots, free, max(1, sweep.tail), lifts)
+    ahead = frozenset[Prefix]().union(*(analyzed.fact(slot.node).ahead for slot in slots))
+    return Plan(analyzed, slots, free, max(1, sweep.tail), lifts, tuple(sorted(ahead)))
 
 
 def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
@@ -309,12 +317,28 @@ def _refuse(analyzed: Analyzed, sink: fx.Node, node: fx.Node) -> None:
 def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors.Refusal]:
     """Why a value may not be stored. None of these: row ``i`` is a function of the inputs' rows up to ``i``."""
     for _, cause in fact.tainted():
-        place = next((n for n in analyzed.steps if n.name == cause.node), node)
-        refusal = cause.error(detail=cause.why)
-        yield refusal.at(cause.node, source_of(place))
-    yield from (e.at(node.name, source_of(node)) for e in _shape_obstacles(analyzed, fact))
+        place = analyzed.named.get(cause.node, node)
+        yield cause.error(detail=cause.why).at(cause.node, source_of(place))
+    for refusal in _shape_obstacles(analyzed, fact):
+        place = _origin(analyzed, node, type(refusal))
+        yield refusal.at(place.name, source_of(place))
     if not fact.valid.free_symbols <= set().union(*(f.free_symbols for f in fact.valid.atoms(AppliedUndef)), set()):
         yield errors.EmptyRow(detail=f"rows are meaningful only where {fact.valid}").at(node.name, source_of(node))
+
+
+def _origin(analyzed: Analyzed, node: fx.Node, error: type[errors.Refusal]) -> fx.Node:
+    """The first value on the way to this one that has the same obstacle."""
+    while error is errors.DependsOnFuture:
+        earlier = (
+            n
+            for n in analyzed.steps[node].operands
+            if any(type(e) is error for e in _shape_obstacles(analyzed, analyzed.fact(n)))
+        )
+        found = next(earlier, None)
+        if found is None:
+            return node
+        node = found
+    return node
 
 
 def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]:
@@ -332,7 +356,10 @@ def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]
             yield errors.NotIncremental(detail=f"in {fact} the sequence is merged with another axis")
     for k in fact.deps - {own}:
         if not implies(sympy.true, sympy.Le(fact.position(k), fact.position(own))):
-            yield errors.DependsOnFuture(detail=f"row {index(own)} depends on row {fact.position(k)}")
+            later = str(
+                fact.position(k).xreplace({index(own): sympy.Symbol("i"), analyzed.captured.seq: sympy.Symbol("S")})
+            )
+            yield errors.DependsOnFuture(detail=f"row i depends on row {later}, of S rows")
     for atom in fact.atoms:
         if atom.kind is Kind.FREE and not atom.size.is_number:
             yield errors.NotIncremental(detail=f"a row's size is not constant: {fact}")

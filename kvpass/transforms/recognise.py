@@ -26,12 +26,11 @@ from kvpass.transforms.sides import (
     closed,
     count,
     emptied_by_index,
+    grouped,
     hides_all,
     only_fill,
     predicate,
     side_of,
-    unrepeated,
-    unrepeated_key,
     without_fill,
 )
 from kvpass.transforms.sinks import SOFTMAX
@@ -76,8 +75,8 @@ def _sdpa(analyzed: Analyzed, node: fx.Node) -> Recognised:
     if args.get("dropout_p"):
         raise NotRecognised("dropout inside attention")
     query = side_of(args["query"], q, q.flat(-2), q.flat(-1))
-    key, factor = unrepeated_key(analyzed, side_of(args["key"], k, k.flat(-2), k.flat(-1)))
-    value = unrepeated(analyzed, side_of(args["value"], v, v.flat(-2), v.flat(-1)))
+    key, value = side_of(args["key"], k, k.flat(-2), k.flat(-1)), side_of(args["value"], v, v.flat(-2), v.flat(-1))
+    key, value, factor = grouped(analyzed, key, value)
     out = analyzed.fact(node)
     result = side_of(node, out, out.flat(-2), out.flat(-1))
     heads = heads_of(out, (*result.row, *result.depth))

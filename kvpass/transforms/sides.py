@@ -14,7 +14,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify
-from kvpass.analysis.facts import Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.facts import Fact, Fill, Kind, index
 from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
 from kvpass.ir import SCORE, Attention, B, H, I, J, Read
@@ -157,13 +157,12 @@ def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: li
         raise NotRecognised("a mask without a closed form")
     names = {"b": B, "h": H, "i": I, "j": J}
     expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
-    by_name = {leaf_name(n.name): n for n in analyzed.steps}
     for leaf in sorted(expr.atoms(AppliedUndef), key=str):
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
         if all(load.name != name for load in loads):
-            loads.append(Load(name, by_name[name], None))
+            loads.append(Load(name, analyzed.leaves[name], None))
     return expr
 
 
@@ -179,6 +178,18 @@ def side_of(node: fx.Node, fact: Fact, row: Any, depth: Any, heads: list[int] | 
 
 def count(fact: Fact, atoms: tuple[int, ...]) -> int:
     return int(sympy.Mul(*(fact.atoms[k].size for k in atoms)))
+
+
+def grouped(analyzed: Analyzed, key: Side, value: Side) -> tuple[Side, Side, float]:
+    """Keys and values before their heads were repeated, and the number that the keys were multiplied by afterwards.
+
+    Where one of the two has fewer heads then, it stays as it is.
+    """
+    (keys, factor), values = unrepeated_key(analyzed, key), unrepeated(analyzed, value)
+    of_key, of_value = (count(analyzed.fact(side.node), side.heads) for side in (keys, values))
+    if of_key < of_value:
+        keys, factor = key, 1.0
+    return keys, values if of_value >= of_key else value, factor
 
 
 def unrepeated(analyzed: Analyzed, side: Side) -> Side:

@@ -18,6 +18,7 @@ from kvpass.analysis.sweep import Analyzed, arguments, dim_of, sym
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
+_PADS = (aten.constant_pad_nd.default, aten.pad.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
@@ -45,11 +46,16 @@ def sink_of(analyzed: Analyzed, product: fx.Node, softmax: fx.Node) -> fx.Node |
 
 def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
     joined = arguments(softmax)[0]
-    if joined.target not in (aten.cat.default, aten.concat.default) or len(arguments(joined)[0]) != 2:
-        return
     value = softmax.meta["val"]
     axis = arguments(softmax)[1] % value.dim()
-    pieces, along = arguments(joined)[0], dim_of(joined, 1) % value.dim()
+    if joined.target in _PADS:
+        pieces, along = _padding_as_sink(graph, joined), value.dim() - 1
+    elif joined.target in (aten.cat.default, aten.concat.default):
+        pieces, along = list(arguments(joined)[0]), dim_of(joined, 1) % value.dim()
+    else:
+        return
+    if len(pieces) != 2:
+        return
     sizes = [sym(piece.meta["val"].shape[axis]) for piece in pieces]
     if along != axis or 1 not in sizes or sizes == [1, 1] or joined.meta["val"].dtype != value.dtype:
         return
@@ -60,6 +66,10 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
     cuts = list(softmax.users)
     if not cuts or not all(_cuts(cut, axis, 0 if last else 1, scores) for cut in cuts):
         return
+    number = _constant(sink)
+    if number is not None:
+        with graph.inserting_before(softmax):
+            sink = _of_heads(graph, softmax, scores, number)
     if sink.target is aten.expand.default and arguments(sink)[0].meta["val"].dim() == value.dim():
         sink = arguments(sink)[0]
     wide = torch.promote_types(value.dtype, torch.float32)  # half precision would round the logarithm of the sum
@@ -77,6 +87,44 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
         cut.replace_all_uses_with(made)
         graph.erase_node(cut)
     graph.erase_node(softmax)
+
+
+def _padding_as_sink(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """What was padded with one column, and that column, in their order; nothing where it is another padding."""
+    x, amounts, *rest = arguments(node)
+    if (
+        list(amounts) not in ([0, 1], [1, 0])
+        or node.kwargs
+        or any(isinstance(r, str) and r != "constant" for r in rest)
+    ):
+        return []
+    number = next((r for r in rest if isinstance(r, (int, float))), 0.0)
+    with graph.inserting_before(node):
+        column = _of_heads(graph, node, x, float(number))
+    return [x, column] if amounts[0] == 0 else [column, x]
+
+
+_CONSTANTS = {
+    aten.zeros.default: 0.0,
+    aten.zeros_like.default: 0.0,
+    aten.new_zeros.default: 0.0,
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+}
+
+
+def _constant(node: fx.Node) -> float | None:
+    """The number that a tensor is filled with; as an integer the table says where it stands among the arguments."""
+    found = _CONSTANTS.get(node.target)  # type: ignore[call-overload]
+    number = arguments(node)[found] if isinstance(found, int) else found
+    return float(number) if isinstance(number, (int, float)) else None
+
+
+def _of_heads(graph: fx.Graph, like: fx.Node, scores: fx.Node, number: float) -> fx.Node:
+    """One entry for each head of scores ``[B, .., S, S]``."""
+    shape = [1, *(d if isinstance(d, int) else 1 for d in scores.meta["val"].shape[1:-2]), 1, 1]
+    return call(graph, like, aten.new_full.default, scores, shape, number)
 
 
 def _cuts(node: fx.Node, axis: int, start: int, scores: fx.Node) -> bool:

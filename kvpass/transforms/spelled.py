@@ -27,14 +27,13 @@ from kvpass.transforms.sides import (
     always_keeps_a_key,
     closed,
     emptied_by_index,
+    grouped,
     hides_all,
     inside,
     narrow,
     only_fill,
     predicate,
     side_of,
-    unrepeated,
-    unrepeated_key,
 )
 
 aten = torch.ops.aten
@@ -105,12 +104,24 @@ class _Walk:
     def into(self, step: Step, k: int, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
         return self.back(step.operands[k], _compose(step, k, at))
 
-    def scores_operand(self, step: Step) -> int:
-        """The operand that depends on rows along both the query and the key axis."""
+    def scores_operand(self, step: Step, at: tuple[int | None, ...]) -> int:
+        """The operand that depends on rows along both the query and the key axis; of several, a product of the two."""
         heavy = [k for k, op in enumerate(step.operands) if self.is_scores(op)]
-        if len(heavy) != 1:
+        found = heavy if len(heavy) == 1 else [k for k in heavy if self.leads_to_a_product(step, k, at)]
+        if not found:
             raise NotRecognised("it is not clear which operand holds the scores")
-        return heavy[0]
+        return found[0]
+
+    def leads_to_a_product(self, step: Step, k: int, at: tuple[int | None, ...]) -> bool:
+        """True where an operand is made of queries and keys alone: relative positions read a table as well."""
+        before = self.loads.copy()
+        try:
+            self._query_and_key(self.into(step, k, at)[0])
+        except NotRecognised:
+            return False
+        finally:
+            self.loads[:] = before
+        return True
 
     def is_scores(self, node: fx.Node) -> bool:
         if self.of_context:  # whose scores need not depend on a row
@@ -189,10 +200,11 @@ class _Walk:
     def match(self, product: fx.Node, score: Any, ahead: Ahead) -> Recognised:
         q, k = self._query_and_key(product)
         value, result = self._value(ahead)
-        q, k = self._narrowed(q, k, self.analyzed.fact(value.node).dtype)
-        key, scale = unrepeated_key(self.analyzed, k)
-        q, key = self._narrowed(q, key, self.analyzed.fact(value.node).dtype)
-        parts = Parts(self.analyzed, ahead.out, q, key, unrepeated(self.analyzed, value), result)
+        dtype = self.analyzed.fact(value.node).dtype
+        q, k = self._narrowed(q, k, dtype)
+        key, value, scale = grouped(self.analyzed, k, value)
+        q, key = self._narrowed(q, key, dtype)
+        parts = Parts(self.analyzed, ahead.out, q, key, value, result)
         support = self.support()
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
         strict = strict and self.softmax.target is not aten._safe_softmax.default and not ahead.zeroed
@@ -303,7 +315,7 @@ def _scaled(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
         factor = _number(arguments(node)[1] if arguments(node)[0] is step.operands[0] else arguments(node)[0])
         product, score = walk.into(step, 0, at)
     else:
-        k = walk.scores_operand(step)
+        k = walk.scores_operand(step, at)
         if divide and k == 1:
             raise NotRecognised("a number divided by the scores")
         product, score = walk.into(step, k, at)
@@ -320,7 +332,7 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
             raise NotRecognised("the scores are subtracted from a number")
         product, score = walk.into(step, 0, at)
         return product, score + sign * _number(arguments(node)[1])
-    k = walk.scores_operand(step)
+    k = walk.scores_operand(step, at)
     if k == 1 and sign < 0:
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
@@ -332,7 +344,7 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
 
 def _floored(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:
     """A floor under the scores: a number, or a tensor that holds one."""
-    k = 0 if len(step.operands) == 1 else walk.scores_operand(step)
+    k = 0 if len(step.operands) == 1 else walk.scores_operand(step, at)
     given: Any = arguments(node)[1]
     if len(arguments(node)) > 2 or node.kwargs:
         raise NotRecognised("scores between two bounds")
@@ -350,7 +362,7 @@ def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
         raise NotRecognised("a finite fill by which the context may hide all its keys")
     if walk.analyzed.fact(node).fill not in (Fill.NEG_INF, Fill.NEG):
         raise NotRecognised("the scores are replaced by a number that is no mask")
-    return walk.into(step, walk.scores_operand(step), at)
+    return walk.into(step, walk.scores_operand(step, at), at)
 
 
 def _unary(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, Any]:

@@ -1,6 +1,6 @@
 """Models that break causality, or the independence of the texts in a batch, in one small place each."""
 
-from tests.adversarial import batches, lengths, masks, near_misses, normalisers, rows
+from tests.adversarial import batches, lengths, masks, near_misses, normalisers, recurrences, rows
 from tests.adversarial.base import Breaks, Case, Model
 
 FUTURE, LENGTH, BATCH, CHANCE = "KV202", "KV203", "KV204", "KV205"
@@ -34,19 +34,22 @@ CASES: tuple[Case, ...] = (
         masks.FilledWithMinusFive,
         masks.ScoresScaledByRow,
         masks.LinearAttention,
+        masks.PrefixOfTokens,
+        masks.PackedByPositionAlone,
         rows.MeanOverTime,
         rows.MaxOverTime,
         rows.NormOverTime,
         rows.SoftmaxOverTime,
         rows.RemainderOfSum,
         rows.LastRowForAll,
+        rows.TokenMixing,
     ),
     *_cases("future", (EMPTY,), masks.EmptiedRow),
     # A maximum over queries combines whole matrices of pairs.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), *normalisers.NOT_CAUSAL),
     # Whole matrices of pairs are combined: the future is in them, and they cannot be cut into rows.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), masks.WrongSoftmaxAxis, masks.MaxOverAllScores),
-    *_cases("future", (FUTURE, SHAPE), rows.NextRow),
+    *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.WindowsAhead),
     # Dynamo itself does not look into a GRU.
     *_cases("future", (FUTURE, UNKNOWN, BREAK, STATIC), rows.BackwardRecurrence),
     # Ops that need no rule of their own: to know them by name is enough to refuse them.
@@ -66,6 +69,9 @@ CASES: tuple[Case, ...] = (
         rows.ArgmaxOverTime,
         rows.ArgsortOverTime,
         rows.FourierOverTime,
+        rows.RealFourierOverTime,
+        rows.FourierOverBoth,
+        rows.PoolOverTime,
     ),
     *_cases(
         "length",
@@ -78,9 +84,31 @@ CASES: tuple[Case, ...] = (
         lengths.ParityOfLength,
         lengths.MeanOfPositions,
         lengths.WindowOfHalf,
+        lengths.LogLengthScaling,
+        lengths.DistanceFromTheEnd,
+        lengths.DistanceThatSaturates,
+        lengths.DistanceAsFactor,
+        lengths.DistanceUnmasked,
+    ),
+    # Each of their rows reads a state that the row before it left; Dynamo writes one graph for each length, or several.
+    *_cases(
+        "nothing",
+        (STATIC, BREAK),
+        recurrences.SelectiveScan,
+        recurrences.WeightedKeyValue,
+        recurrences.GatedDelta,
+        recurrences.ChunkedState,
+        recurrences.Recurrent,
     ),
     # A length that Python's own arithmetic swallows becomes a constant: such a graph is good for one length only.
-    *_cases("length", (LENGTH, STATIC), lengths.LogLength, lengths.RelativePositions),
+    *_cases(
+        "length",
+        (LENGTH, STATIC),
+        lengths.LogLength,
+        lengths.RelativePositions,
+        lengths.DynamicNtk,
+        lengths.DistanceBesideAScale,
+    ),
     *_cases(
         "batch",
         (BATCH,),

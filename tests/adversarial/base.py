@@ -9,7 +9,7 @@ from torch.nn import functional
 
 VOCAB, SIZE, MAX_ROWS = 19, 8, 64
 
-Breaks = Literal["future", "length", "batch", "chance"]
+Breaks = Literal["future", "length", "batch", "chance", "nothing"]
 
 
 class Model(nn.Module):
@@ -58,7 +58,7 @@ class Case:
     """One adversarial model and what is expected of it.
 
     Args:
-        breaks: what shows that the model is not a causal function of each text by itself.
+        breaks: what shows that the model is not a causal function of each text by itself; "nothing" where it is one.
         codes: of the refusal; several where more than one reason is a fair answer.
     """
 

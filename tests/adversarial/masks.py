@@ -194,3 +194,24 @@ class LinearAttention(Model):
     def mix(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         return self.merge(q.softmax(-1) @ (k.exp().transpose(-2, -1) @ v) / SIZE)
+
+
+class PrefixOfTokens(Model):
+    """A prefix that is told by the tokens themselves, as pictures in a text are: its rows see each other."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        i, j = grid(x)
+        picture = ids > 9
+        seen = (j <= i) | (picture[:, :, None] & picture[:, None, :])
+        return self.head(x + self.attend(x, seen[:, None]))
+
+
+class PackedByPositionAlone(Model):
+    """Texts side by side, causal by positions that are data: nothing says that a later row has a later position."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, position = self.embed(ids), ids % 7
+        text = (position == 0).cumsum(-1)
+        seen = (text[:, :, None] == text[:, None, :]) & (position[:, None, :] <= position[:, :, None])
+        return self.head(x + self.attend(x, seen[:, None]))

@@ -150,6 +150,15 @@ class DilatedConvolution(Model):
         return self.attend(y, j <= i)
 
 
+class WindowsUnfolded(Model):
+    """Each row beside the two before it, weighted and summed."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        y = functional.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).flip(-1) * torch.tensor([0.5, 0.3, 0.2])
+        return self.attend(y.sum(-1), j <= i)
+
+
 class PreviousRow(Model):
     """Every row gets the one before it (RWKV's token shift)."""
 
@@ -172,6 +181,49 @@ class RunningMean(Model):
     def mix(self, x: Tensor) -> Tensor:
         i, _ = grid(x)
         return x.cumsum(dim=1) / (i + 1)
+
+
+class ScanByRunningSums(Model):
+    """A selective scan without a loop: running products of the gates, and a running sum of what is divided by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(SIZE, SIZE)
+
+    def mix(self, x: Tensor) -> Tensor:
+        kept = (self.gate(x).sigmoid() / 4 + 0.75).cumprod(1)
+        return kept * (x / kept).cumsum(1) + x.cummax(1).values + x.logcumsumexp(1)
+
+
+class KnownStatistics(Model):
+    """Batch normalisation with statistics that are known, and a normalisation over groups of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.groups = nn.BatchNorm1d(SIZE), nn.GroupNorm(2, SIZE)
+        self.norm.running_mean += 0.3  # type: ignore[operator]
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        x = self.groups(x.reshape(-1, SIZE)).view_as(x)
+        return self.attend(self.norm(x.transpose(1, 2)).transpose(1, 2), j <= i)
+
+
+class DistanceToTheLastRow(Model):
+    """ALiBi by the distance to the last row, from a table that is cut at its end: a softmax forgets the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25]).view(2, 1, 1))
+
+    def mix(self, x: Tensor) -> Tensor:
+        i, j = grid(x)
+        q, k, v = self.project(x)
+        table = torch.arange(1 - MAX_ROWS, 1) * self.slopes
+        bias = table[:, :, MAX_ROWS - x.shape[1] :].masked_fill(j > i, float("-inf"))
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias + 0.5)
+        scores = q @ k.mT / 2.0 + table[:, :, -x.shape[1] :]
+        return self.merge(y + scores.masked_fill(j > i, torch.finfo(x.dtype).min).softmax(-1) @ v)
 
 
 class SwitchAtLength(Model):
@@ -198,8 +250,12 @@ NEAR_MISSES: tuple[type[Model], ...] = (
     CausalConvolution,
     ConvolutionCutOff,
     DilatedConvolution,
+    WindowsUnfolded,
     PreviousRow,
     FirstRowForAll,
     RunningMean,
+    ScanByRunningSums,
+    KnownStatistics,
+    DistanceToTheLastRow,
     SwitchAtLength,
 )

@@ -57,6 +57,13 @@ class NextRow(Model):
         return functional.pad(x[:, 1:], (0, 0, 0, 1))
 
 
+class WindowsAhead(Model):
+    """Windows over the rows that begin a row too late: the last one of each is the next row."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return functional.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1).mean(-1)
+
+
 class Roll(Model):
     """`roll` by one to the right: the first row gets the last one."""
 
@@ -158,3 +165,33 @@ class BackwardRecurrence(Model):
     def mix(self, x: Tensor) -> Tensor:
         answer: Tensor = self.gru(x)[0]
         return answer
+
+
+class RealFourierOverTime(Model):
+    """A spectral gate: a real Fourier transform along the text, and back."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x, dim=1, norm="ortho")
+        return torch.fft.irfft(spectrum * 0.5j, n=x.shape[1], dim=1, norm="ortho")
+
+
+class FourierOverBoth(Model):
+    """FNet as it was published: over the features and over the text."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.fft.fft2(x).real / 8
+
+
+class PoolOverTime(Model):
+    """A moving average that looks both ways."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return functional.avg_pool1d(x.transpose(1, 2), 3, stride=1, padding=1).transpose(1, 2)
+
+
+class TokenMixing(Model):
+    """A product over the rows with a matrix of all pairs: every row gets a part of every other one."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        i = torch.arange(x.shape[1])
+        return torch.cos((i[:, None] - i).float()) @ x / 8

@@ -8,6 +8,7 @@ import sympy
 import torch
 
 from kvpass import errors
+from kvpass.analysis import shifts
 from kvpass.analysis.expressions import compare
 from kvpass.analysis.facts import Fill, Kind
 from kvpass.analysis.scope import Label, Operand, symbol
@@ -37,10 +38,17 @@ def scaled_dot_product_attention(op: Op) -> Out:
             keeps_a_key(op, parts, j, bounding_row(op, j, kept, support), support, fill)
     for x in op.operands:
         x.everything |= {label for label in x.labels if set(scope.expanded([label])) & set(gone)}
+    lengths = [x for x in op.operands if x.fact.length is not None]
+    if not op.counts_rows() and all(all(x is not y for y in (q, k, v)) and _level(op, x, gone) for x in lengths):
+        parts.length = None
     parts.support, parts.fill = support, fill
     reduce_over(op, parts, gone, kept, (Fill.NEG_INF, Fill.NEG))
     parts.support, parts.fill = sympy.true, None
     return Out([*lead, rows, list(v.dims[-1])], parts, ghosts)
+
+
+def _level(op: Op, mask: Operand, keys: list[Label]) -> bool:
+    return set(keys) <= shifts.opened(op.scope, mask).level
 
 
 def _lead(op: Op, q: Operand, k: Operand, v: Operand) -> tuple[list[list[Label]], list[Label]]:

@@ -86,6 +86,11 @@ def matmul(op: Op) -> Out:
     return contract(op, (a, b), (left, right), out)
 
 
+@rule(aten.outer.default)
+def outer(op: Op) -> Out:
+    return contract(op, op.operands[:2], ("n", "m"), ("n", "m"))
+
+
 @rule(aten.linear.default)
 def linear(op: Op) -> Out:
     x, w = op.operands[:2]

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def embedding(op: Op) -> Out:
     table, ids = op.operands[:2]
     parts = op.gather()
-    _plain_table(op, parts, table, 0)
+    _plain_table(op, parts, table, 0, ids)
     return Out([*ids.dims, list(table.dims[1])], parts, ids.ghosts)
 
 
@@ -29,26 +29,28 @@ def index_select(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis = op.args[1] % len(x.dims)
     parts = op.gather()
-    _plain_table(op, parts, x, axis)
+    _plain_table(op, parts, x, axis, ids)
     return Out([*x.dims[:axis], *ids.dims, *x.dims[axis + 1 :]], parts, x.ghosts + ids.ghosts)
 
 
-def _plain_table(op: Op, parts: Parts, x: Operand, axis: int) -> None:
+def _plain_table(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand) -> None:
     """An axis that is indexed by data must not be the sequence or the batch."""
     for label in x.dims[axis]:
-        _lose(op, parts, label, x)
+        _lose(op, parts, label, x, wraps=False)
+        _judge_where_read(op, parts, label, expression(ids, op.scope))
         x.everything.add(label)
 
 
-def _lose(op: Op, parts: Parts, label: Label, x: Operand) -> None:
-    """An unknown entry of ``x`` along ``label`` is read."""
+def _lose(op: Op, parts: Parts, label: Label, x: Operand, wraps: bool = True) -> None:
+    """An unknown entry of ``x`` along ``label`` is read; a negative index that ``wraps`` is counted from the end."""
     atom = op.scope.atoms[label]
     if atom.kind is Kind.SEQ:
         why = f"{name_of(op.node)} reads the sequence at a row that is not known"
         used = {d for d in parts.deps if op.scope.representative(d) == label}
         parts.deps -= used
         parts.whole = parts.whole or (op.cause(why) if used else None)
-        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
+        if wraps or used or atom.start.has(op.scope.axes.seq):
+            parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     if atom.kind is Kind.BATCH and atom.size != 1:
         cause = op.cause(f"{name_of(op.node)} reads other sequences of the batch", errors.MixesBatch)
         if x.fact.of_context():
@@ -57,12 +59,26 @@ def _lose(op: Op, parts: Parts, label: Label, x: Operand) -> None:
             parts.batch = parts.batch or cause
 
 
+def _judge_where_read(op: Op, parts: Parts, label: Label, place: Value | None) -> None:
+    """An entry that is read at ``place`` means something where that one does."""
+    terms = sympy.And.make_args(op.scope.resolve(parts.valid))
+    mine = [term for term in terms if symbol(label) in term.free_symbols]
+    if not mine:
+        return
+    if place is None:
+        why = f"{name_of(op.node)} reads rows whose own mask may have kept no key"
+        parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
+        parts.valid = sympy.And(*(term for term in terms if term not in mine))
+    else:
+        parts.valid = sympy.And(*(term.xreplace({symbol(label): place}) if term in mine else term for term in terms))
+
+
 @rule(aten.gather.default)
 def gather(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis = op.args[1] % max(len(x.dims), 1)
     parts = op.gather()
-    _plain_table(op, parts, x, axis)
+    _plain_table(op, parts, x, axis, ids)
     dims: Dims = []
     for k, mine in enumerate(ids.dims):
         if k == axis or op.scope.size(mine) == 1 or op.scope.size(mine) != op.scope.size(x.dims[k]):
@@ -91,6 +107,7 @@ def scatter(op: Op) -> Out:
     for operand in op.operands:
         for label in operand.dims[axis]:
             _lose(op, parts, label, operand)
+            _judge_where_read(op, parts, label, None)
             operand.everything.add(label)
     dims: Dims = []
     for k in range(len(x.dims)):
@@ -142,9 +159,11 @@ def _read_axis(op: Op, parts: Parts, x: Operand, axis: int, ids: Operand, readin
     if value is None or len(labels) != 1 or not value.is_nonnegative:  # a negative index wraps around
         for label in labels:
             _lose(op, parts, label, x)
+            _judge_where_read(op, parts, label, value if len(labels) == 1 else None)
         return False
     (label,) = labels
     reading[symbol(label)] = value
+    _judge_where_read(op, parts, label, value)
     atom = scope.atoms[label]
     if atom.kind is Kind.BATCH:
         return _read_batch(op, parts, label, value, x)
@@ -178,7 +197,7 @@ def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand, x
     if row == -scope.axes.lead:
         parts.deps -= used
         return
-    _lose(op, parts, label, x)
+    _lose(op, parts, label, x, wraps=False)
 
 
 @rule(aten.one_hot.default)

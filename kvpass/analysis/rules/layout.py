@@ -9,8 +9,9 @@ import sympy
 import torch
 
 from kvpass import errors
+from kvpass.analysis import shifts
 from kvpass.analysis.expressions import apply, compare, join, number, simplify
-from kvpass.analysis.facts import ZERO, Atom, Expr, Fill, Kind
+from kvpass.analysis.facts import ZERO, Atom, Expr, Fill, Kind, Shift
 from kvpass.analysis.rules.joins import moves_with_the_length
 from kvpass.analysis.scope import Dims, Label, Operand, quotient, symbol
 from kvpass.analysis.table import Op, Out, expression, rule
@@ -22,10 +23,16 @@ def _same(op: Op, dims: Dims, ghosts: list[Label] | None = None) -> Out:
     """The operand's entries, under other axes."""
     x, parts = op.operands[0], op.gather(numbers=False)
     parts.expr = expression(x, op.scope)
+    parts.shift = shifts.opened(op.scope, x)
     known = op.known(x)
     if known is not None:
         parts.support, parts.fill = known
     return Out(dims, parts, x.ghosts if ghosts is None else ghosts)
+
+
+def _forget(out: Out) -> None:
+    """Other entries than the operand's: what was known of those is not known of these."""
+    out.parts.expr, out.parts.support, out.parts.fill, out.parts.shift = None, sympy.true, None, Shift()
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
@@ -191,12 +198,13 @@ def slice_(op: Op) -> Out:
     coarse = _coarse(op, x.dims[axis])
     out = _same(op, x.dims)
     if coarse != x.dims[axis]:
-        out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+        _forget(out)
         out.dims = [*x.dims[:axis], scope.fresh(after), *x.dims[axis + 1 :]]
         return out
     (label,) = coarse
     _counted_from_the_end(op, out, label, start)
     new = _sliced(op, x, label, start, after, step)
+    out.parts.shift = out.parts.shift.renamed(label, new)
     out.dims = [*x.dims[:axis], [new] if after != 1 or scope.atoms[new].kind is Kind.SEQ else [], *x.dims[axis + 1 :]]
     return out
 
@@ -205,6 +213,8 @@ def _counted_from_the_end(op: Op, out: Out, label: Label, start: Expr) -> None:
     """A table that is no sequence, read at a place that moves with the number of rows."""
     if op.scope.atoms[label].kind is not Kind.SEQ and start.has(op.scope.axes.seq):
         why = f"{op.node.target} reads a table at {start}, which moves when the text grows"
+        level = out.parts.shift.affine if out.parts.length is None else out.parts.shift.level & out.parts.shift.affine
+        out.parts.shift = Shift(out.parts.shift.affine, level & {label})
         out.parts.length = out.parts.length or op.cause(why, errors.DependsOnLength)
 
 
@@ -266,7 +276,7 @@ def select(op: Op) -> Out:
     coarse = _coarse(op, labels)
     out = _same(op, dims)
     if coarse != labels:
-        out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+        _forget(out)
         return out
     (label,) = coarse
     _counted_from_the_end(op, out, label, place)
@@ -336,7 +346,7 @@ def _triangle(op: Op, keep: Any) -> Out:
             out.parts.expr = simplify(sympy.And(value, kept))
         else:
             out.parts.expr = apply(lambda a, c: a if c == 1 else ZERO, value, number(kept))
-    old = (out.parts.support, out.parts.fill)
+    old, out.parts.shift = (out.parts.support, out.parts.fill), Shift()
     out.parts.support, out.parts.fill = (sympy.And(kept, old[0]) if old[1] is Fill.ZERO else kept), Fill.ZERO
     return out
 
@@ -344,14 +354,14 @@ def _triangle(op: Op, keep: Any) -> Out:
 @rule(aten.view_as_complex.default)
 def view_as_complex(op: Op) -> Out:
     out = _same(op, op.operands[0].dims[:-1])
-    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    _forget(out)
     return out
 
 
 @rule(aten.view_as_real.default)
 def view_as_real(op: Op) -> Out:
     out = _same(op, [*op.operands[0].dims, op.scope.fresh(sympy.Integer(2))])
-    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    _forget(out)
     return out
 
 
@@ -382,7 +392,7 @@ def pad(op: Op) -> Out:
         else:
             _only_free(op, dims[axis], "padding")
             out.dims[axis] = scope.fresh(op.shape[axis])
-    out.parts.expr, out.parts.support, out.parts.fill = None, sympy.true, None
+    _forget(out)
     return out
 
 

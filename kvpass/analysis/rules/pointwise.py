@@ -9,8 +9,9 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
+from kvpass.analysis import shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, number, simplify
-from kvpass.analysis.facts import Fill
+from kvpass.analysis.facts import Fill, Shift
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule, support_of
 
@@ -106,7 +107,17 @@ def arithmetic(op: Op) -> Out:
         parts.support, parts.fill = _sum_support(op)
     elif name in ("mul", "multiply"):
         parts.support, parts.fill = _product_support(op, name)
-    return _finish(op, parts, expr)
+    out = _finish(op, parts, expr)
+    if name in ("add", "sub", "mul", "multiply") and not op.counts_rows() and _keeps_fills(op, parts):
+        combined = shifts.of_sum if name in ("add", "sub") else shifts.of_product
+        parts.shift = combined(op.scope, op.operands)
+    return out
+
+
+def _keeps_fills(op: Op, parts: Parts) -> bool:
+    """What is masked in an operand is masked in the result: a shift speaks of the other entries."""
+    masked = any(x.fact.fill in (Fill.NEG_INF, Fill.NEG) for x in op.operands)
+    return not masked or parts.fill in (Fill.NEG_INF, Fill.NEG)
 
 
 @rule(*_op("div"))
@@ -215,7 +226,10 @@ def keeps_zero(op: Op) -> Out:
         expr = apply(_ARITHMETIC[name], value)
     elif value is not None and name in ("_to_copy", "to"):
         expr = _cast(value, op.dtypes[0])
-    return _finish(op, parts, expr)
+    out = _finish(op, parts, expr)
+    if name in ("_to_copy", "to") and op.dtypes[0].is_floating_point:
+        parts.shift = shifts.opened(op.scope, op.operands[0])
+    return out
 
 
 def _cast(value: Value, dtype: torch.dtype) -> Value | None:
@@ -302,7 +316,16 @@ def _choose(op: Op, cond: Value | None, yes: Any, no: Any) -> Out:
             # under its own condition each branch is itself, whatever the other one holds
             expr = apply(lambda c, x, y: x if c == 1 else y, number(cond), number(a), number(b))
     parts.support, parts.fill = _chosen_support(op, cond, yes, no)
-    return _finish(op, parts, expr)
+    out = _finish(op, parts, expr)
+    kept = next((x for x in (yes, no) if isinstance(x, Operand) and _constant_fill(op, x) is None), None)
+    if kept is not None and parts.fill in (Fill.NEG_INF, Fill.NEG) and _only_length(op, kept):
+        parts.shift = Shift(level=shifts.opened(op.scope, kept).level)
+    return out
+
+
+def _only_length(op: Op, kept: Operand) -> bool:
+    """True where no other operand knows of the length."""
+    return all(x is kept or x.fact.length is None for x in op.operands)
 
 
 def _chosen_support(op: Op, cond: Boolean, yes: Any, no: Any) -> tuple[Boolean, Fill | None]:

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from kvpass import errors
-from kvpass.analysis import laws
+from kvpass.analysis import laws, shifts
 from kvpass.analysis.expressions import number
 from kvpass.analysis.facts import Fill, Kind, leaf_name
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
@@ -148,6 +148,8 @@ def softmax(op: Op) -> Out:
     (axis,) = _axes(op, op.args[1])
     parts, known = op.gather(), op.known(x)
     labels = list(x.dims[axis])
+    if set(labels) <= shifts.opened(scope, x).level:
+        parts.length = None
     rest = [label for label in x.labels if label not in labels]
     log = "log" in name_of(op.node)
     if known is not None and known[1] in _LOW:
@@ -198,6 +200,42 @@ def _normalised(op: Op) -> tuple[Out, Out]:
     return Out(x.dims, parts, x.ghosts), Out(outer, parts, x.ghosts)
 
 
+@rule(aten.group_norm.default)
+def group_norm(op: Op) -> Out:
+    """Each sequence of axis 0 is normalised over groups of axis 1, and over all axes behind it."""
+    x = op.operands[0]
+    parts = op.gather()
+    _mix(op, parts, [label for dim in x.dims[1:] for label in dim], list(x.dims[0]), None)
+    return Out(x.dims, parts, x.ghosts)
+
+
+@rule(aten.instance_norm.default)
+def instance_norm(op: Op) -> Out:
+    """Each channel of each sequence is normalised over all axes behind it."""
+    x = op.operands[0]
+    parts = op.gather()
+    _mix(op, parts, [label for dim in x.dims[2:] for label in dim], [*x.dims[0], *x.dims[1]], None)
+    return Out(x.dims, parts, x.ghosts)
+
+
+@rule(aten._native_batch_norm_legit.no_stats)
+def batch_statistics(op: Op) -> list[Out]:
+    """The result, and the mean and the scale of each channel, over all rows and texts."""
+    x, parts = op.operands[0], op.gather()
+    _mix(op, parts, [label for k, dim in enumerate(x.dims) if k != 1 for label in dim], list(x.dims[1]), None)
+    return [Out(dims, parts, x.ghosts) for dims in (x.dims, [x.dims[1]], [x.dims[1]])]
+
+
+@rule(aten._native_batch_norm_legit_no_training.default)
+def batch_norm(op: Op) -> list[Out]:
+    """With statistics that are known each entry stands for itself; the other results are empty."""
+    x, scope = op.operands[0], op.scope
+    for vector in op.operands[1:]:
+        scope.pair(list(x.dims[1]), list(vector.dims[0]), [x], vector)
+    rest = [Out([scope.fresh(size) for size in shape], Parts()) for shape in op.shapes[1:]]
+    return [Out(x.dims, op.gather(), x.ghosts), *rest]
+
+
 def _along(op: Op, where: Any, outputs: int = 1) -> Any:
     """Entries along some axes are rearranged or combined in a way that depends on all of them."""
     x, scope = op.operands[0], op.scope
@@ -228,7 +266,7 @@ def topk(op: Op) -> Any:
     return _along(op, op.arg(2, "dim", -1), outputs=2)
 
 
-@rule(aten.argsort.default, aten.cumprod.default, aten.logcumsumexp.default)
+@rule(aten.argsort.default)
 def argsort(op: Op) -> Any:
     return _along(op, op.arg(1, "dim", -1))
 
@@ -243,32 +281,69 @@ def flip(op: Op) -> Any:
     return _along(op, op.args[1]) if op.args[1] else Out(op.operands[0].dims, op.gather(), op.operands[0].ghosts)
 
 
-@rule(aten.fft_fft.default, aten.fft_rfft.default, aten.fft_ifft.default)
+@rule(
+    aten.fft_fft.default,
+    aten.fft_rfft.default,
+    aten.fft_ifft.default,
+    aten.fft_irfft.default,
+    aten.fft_hfft.default,
+    aten.fft_ihfft.default,
+)
 def fft(op: Op) -> Any:
     return _along(op, op.arg(2, "dim", -1))
 
 
+@rule(
+    aten.fft_fftn.default,
+    aten.fft_ifftn.default,
+    aten.fft_fft2.default,
+    aten.fft_ifft2.default,
+    aten.fft_rfft2.default,
+    aten.fft_rfftn.default,
+    aten.fft_irfft2.default,
+    aten.fft_irfftn.default,
+)
+def fft_of_several_axes(op: Op) -> Any:
+    two = "2" in name_of(op.node).split(".")[1]
+    return _along(op, op.arg(2, "dim", [-2, -1] if two else None))
+
+
 @rule(aten.cumsum.default)
 def cumsum(op: Op) -> Out:
-    """A running sum reads rows up to its own: dependence is unchanged."""
     x, scope = op.operands[0], op.scope
     axis = _axes(op, op.args[1])[0]
-    if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
-        return _along(op, axis)  # type: ignore[no-any-return]
-    parts = op.gather()
-    labels = x.dims[axis]
-    for label in labels:
-        if scope.atoms[label].kind is Kind.BATCH and scope.atoms[label].size != 1:
-            parts.batch = op.cause("cumsum runs over the sequences of a batch", errors.MixesBatch)
-    rows = set(row_labels(scope, list(labels)))
-    x.everything |= rows
-    scope.full |= rows
+    labels, out = x.dims[axis], _running(op, axis)
     laws.learn(scope.axes.laws, leaf_name(op.node.name), x.fact, axis)
     value = expression(x, scope)
     if value is not None and len(labels) == 1:
         value = number(value)
         constant_along = symbol(labels[0]) not in value.free_symbols
-        parts.expr = value * (symbol(labels[0]) + 1) if constant_along and value.is_number else None
+        out.parts.expr = value * (symbol(labels[0]) + 1) if constant_along and value.is_number else None
+    return out
+
+
+@rule(aten.cumprod.default, aten.logcumsumexp.default)
+def cumprod(op: Op) -> Out:
+    return _running(op, _axes(op, op.args[1])[0])
+
+
+@rule(aten.cummax.default, aten.cummin.default)
+def cummax(op: Op) -> list[Out]:
+    return [_running(op, _axes(op, op.args[1])[0]) for _ in op.shapes]
+
+
+def _running(op: Op, axis: int) -> Out:
+    """What runs along an axis reads rows up to its own: dependence is unchanged."""
+    x, scope = op.operands[0], op.scope
+    if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
+        return _along(op, axis)  # type: ignore[no-any-return]
+    parts = op.gather()
+    for label in x.dims[axis]:
+        if scope.atoms[label].kind is Kind.BATCH and scope.atoms[label].size != 1:
+            parts.batch = op.cause(f"{name_of(op.node)} runs over the sequences of a batch", errors.MixesBatch)
+    rows = set(row_labels(scope, list(x.dims[axis])))
+    x.everything |= rows
+    scope.full |= rows
     return Out(x.dims, parts, x.ghosts)
 
 

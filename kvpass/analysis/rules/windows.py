@@ -1,8 +1,6 @@
-"""Ops over neighbouring entries, and norms over channels, of ``[N, channels, ..]``."""
+"""Convolutions over ``[N, channels, ..]``, and gates over their channels."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -16,11 +14,6 @@ aten = torch.ops.aten
 def convolution(op: Op) -> Out:
     """Each entry of ``N`` by itself. (Short ones over the rows have been unrolled: others read all of them.)"""
     return _by_item(op, 1 if len(op.operands[0].dims) == len(op.operands[1].dims) else 0)
-
-
-@rule(aten.group_norm.default)
-def group_norm(op: Op) -> Out:
-    return _by_item(op, 1)
 
 
 def _by_item(op: Op, outer: int) -> Out:
@@ -44,13 +37,3 @@ def glu(op: Op) -> Out:
     parts = op.gather()
     mixed(op, parts, x.dims[axis], rest)
     return Out([*x.dims[:axis], scope.fresh(op.shape[axis]), *x.dims[axis + 1 :]], parts, x.ghosts)
-
-
-@rule(aten._native_batch_norm_legit_no_training.default)
-def batch_norm(op: Op) -> Any:
-    """With fixed statistics every channel is scaled and shifted by numbers of its own."""
-    x, scope = op.operands[0], op.scope
-    for vector in op.operands[1:]:
-        vector.everything |= set(vector.labels)
-    saved = [Out([scope.fresh(size) for size in shape], op.gather()) for shape in op.shapes[1:]]
-    return [Out(x.dims, op.gather(), x.ghosts), *saved]

@@ -1,0 +1,171 @@
+"""Who sees whom."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.coverage.base import DEPTH, Decoder, grid
+from tests.coverage.positions import CountedPositions, left_padding
+
+
+class Dilated(Decoder):
+    """Every other key, of the last nine rows."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) & ((i - j) % 2 == 0) & (i - j < 9)
+
+
+class SinksAndWindow(Decoder):
+    """The first two rows, and a window of three."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) & ((j > i - 3) | (j < 2))
+
+
+class MixedLayers(Decoder):
+    """A window, chunks, and all rows, layer by layer."""
+
+    layers = 3
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) & (j > i - 4, j // 5 == i // 5, j >= 0)[layer]
+
+
+class Strided(Decoder):
+    """Sparse Transformer: a local window, and every fourth row."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) & ((i - j < 4) | ((j + 1) % 4 == 0))
+
+
+class WindowsOfHeads(Decoder):
+    """Each head has its own window."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        width = torch.tensor([3, 9])[:, None, None]
+        return (j <= i) & (i - j < width)
+
+
+class Packed(Decoder):
+    """Texts side by side, told apart by where `position_ids` begin anew."""
+
+    batches = True
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        (position,) = more
+        text = (position.diff(prepend=position[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        return ((text[:, :, None] == text[:, None, :]) & (j <= i))[:, None]
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return ((torch.arange(ids.shape[1]) % 7).expand(*ids.shape).contiguous(),)
+
+
+class Documents(Packed):
+    """Texts side by side, by their numbers."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        (text,) = more
+        return ((text[:, :, None] == text[:, None, :]) & (j <= i))[:, None]
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return ((torch.arange(ids.shape[1]) // 6).expand(*ids.shape).contiguous(),)
+
+
+class PaddedLeft(CountedPositions):
+    """`attention_mask`, padded on the left; a row that has no key is one that is padded."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        seen = (j <= i) & more[0][:, None, None, :].bool()
+        return self.merge(scaled_dot_product_attention(q, k, v, attn_mask=seen), layer)
+
+    def meaningful(self, ids: Tensor) -> Tensor | None:
+        return left_padding(ids).bool()
+
+
+class PaddedLeftFinite(PaddedLeft):
+    """The same, as Hugging Face wrote it for years: a large negative number is added."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        low = torch.finfo(x.dtype).min
+        causal = torch.where(j <= i, 0.0, low)
+        padding = (1.0 - more[0][:, None, None, :].to(x.dtype)) * low
+        mask = causal.masked_fill((padding != 0) & (causal == 0), low)
+        return self.merge((q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v, layer)
+
+
+class PaddedRight(Decoder):
+    """`attention_mask`, padded on the right: the rows behind it see the text, and nobody sees them."""
+
+    batches = True
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) & more[0][:, None, None, :].bool()
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return ((torch.arange(ids.shape[1]) < 8 + torch.arange(ids.shape[0])[:, None]).long(),)
+
+
+class Prefix(Decoder):
+    """The first rows of each text, as many as the caller says, are seen by all."""
+
+    batches = True
+    shrunk = 12  # the shorter text ends before a prefix does
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return ((j <= i) | (j < more[0][:, None, None]))[:, None]
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return (4 + 3 * torch.arange(ids.shape[0]),)
+
+
+class PrefixOfAll(Prefix):
+    """One prefix for the whole batch."""
+
+    shrunk = 2
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j <= i) | (j < more[0])
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return (torch.tensor(5),)
+
+
+class ByTurns(Decoder):
+    """Block by block: rows of a block of four see the blocks before it, and of their own what came before."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return (j // 4 < i // 4) | ((j // 4 == i // 4) & (j <= i))
+
+
+MASKS = (
+    Dilated,
+    SinksAndWindow,
+    MixedLayers,
+    Strided,
+    WindowsOfHeads,
+    Packed,
+    Documents,
+    PaddedLeft,
+    PaddedLeftFinite,
+    PaddedRight,
+    Prefix,
+    PrefixOfAll,
+    ByTurns,
+)

@@ -1,0 +1,286 @@
+"""What becomes of the scores, the weights and the values."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from tests.coverage.base import DEPTH, HEADS, NEG_INF, SIZE, Decoder, grid
+
+
+class SoftCap(Decoder):
+    """Scores between -4 and 4."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = 4 * torch.tanh(q @ k.mT * DEPTH**-0.5 / 4)
+        return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
+
+
+class LearnedSink(Decoder):
+    """A learned score that has no value."""
+
+    batches = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = (q @ k.mT * DEPTH**-0.5).masked_fill(~self.seen(x, layer), NEG_INF)
+        sink = self.sink.view(1, HEADS, 1, 1).expand(*scores.shape[:3], 1)
+        return self.merge(torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v, layer)
+
+
+class SoftmaxOffByOne(Decoder):
+    """`exp(s) / (1 + sum exp(s))`: a sink of zero."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = (q @ k.mT * DEPTH**-0.5).masked_fill(~self.seen(x, layer), NEG_INF)
+        zero = torch.zeros_like(scores[..., :1])
+        return self.merge(torch.cat((zero, scores), -1).softmax(-1)[..., 1:] @ v, layer)
+
+
+class NormalisedHeads(Decoder):
+    """Queries and keys are normalised head by head, and scaled by a learned number per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([1.5, 3.0]))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        q, k = rms_norm(q, (DEPTH,)), nn.functional.normalize(k, dim=-1)
+        scores = q @ k.mT * self.gain.view(HEADS, 1, 1)
+        return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
+
+
+class TemperatureOfPosition(Decoder):
+    """Queries are scaled by the logarithm of their own position."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        position = torch.arange(x.shape[1])
+        heat = torch.log1p(torch.floor((position.float() + 1.0) / 4)) * 0.5 + 1.0
+        return self.merge(scaled_dot_product_attention(q * heat.view(1, 1, -1, 1), k, v, is_causal=True), layer)
+
+
+class SharpenedScores(Decoder):
+    """The scores of a row are divided by the square root of how many keys it has."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        scores = q @ k.mT / torch.sqrt(i + 1.0)
+        return self.merge(scores.masked_fill(j > i, NEG_INF).softmax(-1) @ v, layer)
+
+
+class Sigmoid(Decoder):
+    """Each weight by itself."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = (q @ k.mT * DEPTH**-0.5 - 1.0).masked_fill(~self.seen(x, layer), NEG_INF)
+        return self.merge(torch.sigmoid(scores) @ v, layer)
+
+
+class Relu(Decoder):
+    """Squared, and divided by how many keys there are."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        weights = torch.relu((q @ k.mT).masked_fill(j > i, NEG_INF)).square() / (i + 1)
+        return self.merge(weights @ v, layer)
+
+
+class Linear(Decoder):
+    """Linear attention in its quadratic form: a product of features, times a triangle, over its sum."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        q, k = nn.functional.elu(q) + 1, nn.functional.elu(k) + 1
+        weights = torch.tril(torch.einsum("bhid,bhjd->bhij", q, k))
+        return self.merge((weights @ v) / weights.sum(-1, keepdim=True), layer)
+
+
+class Retention(Decoder):
+    """RetNet: a power of the distance, zero above the diagonal."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        decay = torch.where(j <= i, torch.tensor([0.9, 0.7]).view(HEADS, 1, 1) ** (i - j).float(), 0.0)
+        y = (q @ k.mT * decay) @ v
+        return self.merge(
+            nn.functional.group_norm(y.transpose(1, 2).reshape(-1, SIZE), HEADS)
+            .view_as(x)
+            .view(*x.shape[:2], HEADS, DEPTH)
+            .transpose(1, 2),
+            layer,
+        )
+
+
+class Differential(Decoder):
+    """The difference of two softmaxes weighs the values."""
+
+    batches = True
+
+    kernels = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor([0.4, 0.6]))
+        self.second = nn.Linear(SIZE, 2 * SIZE)
+
+    def weights(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return (q @ k.mT * DEPTH**-0.5).masked_fill(~self.seen(x, 0), NEG_INF).softmax(-1)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        r, m = self.second(x).view(*x.shape[:2], 2, HEADS, DEPTH).permute(2, 0, 3, 1, 4)
+        weights = self.weights(q, k, x) - self.share.view(HEADS, 1, 1) * self.weights(r, m, x)
+        return self.merge(rms_norm(weights @ v, (DEPTH,)) * 0.5, layer)
+
+
+class DifferentialPairs(Differential):
+    """The same, as its authors wrote it: one softmax of all heads, cut in two afterwards."""
+
+    kernels = 1
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = self.project(x, layer)
+        q, k = (y.transpose(1, 2).reshape(b, s, 2 * HEADS, DEPTH // 2).transpose(1, 2) for y in (q, k))
+        weights = self.weights(q, k, x).view(b, HEADS, 2, s, s)
+        weights = weights[:, :, 0] - self.share.view(HEADS, 1, 1) * weights[:, :, 1]
+        return self.merge(torch.matmul(weights, v), layer)
+
+
+class Gated(Decoder):
+    """The result is gated by the rows that asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(SIZE, SIZE)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        return super().mix(x, layer) * torch.sigmoid(self.gate(x))
+
+
+class ValueResidual(Decoder):
+    """Values of later layers are mixed with those of the first."""
+
+    layers = 3
+
+    def forward(self, ids: Tensor, *more: Any) -> Any:
+        x, first = self.embed(ids), None
+        for layer in range(self.layers):
+            q, k, v = self.project(x, layer)
+            first = v if first is None else first
+            x = x + self.merge(scaled_dot_product_attention(q, k, 0.6 * v + 0.4 * first, is_causal=True), layer)
+        return self.head(x)
+
+
+class SharedKeys(Decoder):
+    """Every second layer asks the keys and values of the one before."""
+
+    layers = 4
+    bytes_per_row = 2 * 2 * SIZE * 4  # two layers, keys and values, float32
+
+    def forward(self, ids: Tensor, *more: Any) -> Any:
+        x = self.embed(ids)
+        k = v = torch.empty(0)
+        for layer in range(self.layers):
+            q, own_k, own_v = self.project(x, layer)
+            k, v = (own_k, own_v) if layer % 2 == 0 else (k, v)
+            x = x + self.merge(scaled_dot_product_attention(q, k, v, is_causal=True), layer)
+        return self.head(x)
+
+
+class KeysAreValues(Decoder):
+    """One table is both."""
+
+    bytes_per_row = SIZE * 4
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, _ = self.project(x, layer)
+        return self.merge(scaled_dot_product_attention(q, k, k, is_causal=True), layer)
+
+
+class TalkingHeads(Decoder):
+    """Scores and weights are mixed over the heads."""
+
+    kernels = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Parameter(torch.randn(HEADS, HEADS)), nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = torch.einsum("bhij,hg->bgij", q @ k.mT * DEPTH**-0.5, self.before)
+        weights = scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1)
+        return self.merge(torch.einsum("bhij,hg->bgij", weights, self.after) @ v, layer)
+
+
+class Cosine(Decoder):
+    """Keys by distance on the sphere, with a clamped temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = nn.Parameter(torch.full((HEADS, 1, 1), math.log(8.0)))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = (nn.functional.normalize(y, dim=-1) for y in self.project(x, layer))
+        scores = q @ k.mT * self.heat.clamp(max=math.log(100.0)).exp()
+        return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
+
+
+class Forgetting(Decoder):
+    """Forgetting Transformer: a running sum of log gates is the bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(SIZE, HEADS)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        kept = nn.functional.logsigmoid(self.gate(x)).cumsum(1).transpose(1, 2)
+        scores = q @ k.mT * DEPTH**-0.5 + kept[..., :, None] - kept[..., None, :]
+        return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
+
+
+SCORES = (
+    SoftCap,
+    LearnedSink,
+    SoftmaxOffByOne,
+    NormalisedHeads,
+    TemperatureOfPosition,
+    SharpenedScores,
+    Sigmoid,
+    Relu,
+    Linear,
+    Retention,
+    Differential,
+    DifferentialPairs,
+    Gated,
+    ValueResidual,
+    SharedKeys,
+    KeysAreValues,
+    TalkingHeads,
+    Cosine,
+    Forgetting,
+)
