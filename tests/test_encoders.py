@@ -12,6 +12,7 @@ import kvpass
 from kvpass.frontend.api import recording
 from kvpass.frontend.backend import Record
 from kvpass.runtime.keys import Keys
+from kvpass.runtime.remembered import Remembered
 from tests.encoders import T5, Bart, Mixing, Placeholders, Prefix, Whisper
 from tests.encoders.models import PLACEHOLDER, VOCAB, split
 from tests.property.oracle import Mismatch, compare
@@ -131,6 +132,14 @@ def test_rows_of_a_mixing_encoder_are_known_by_the_whole_batch(monkeypatch: pyte
     monkeypatch.setattr(Keys, "__init__", lambda self, captured, together=False: right(self, captured, False))
     with pytest.raises(Mismatch):
         run(made(Mixing), iter(calls), verify=False)
+
+
+def test_encoder_that_runs_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Remembered.__init__
+    monkeypatch.setattr(Remembered, "__init__", lambda self, capacity: right(self, 0))
+    records, _ = run(made(Bart), ((*read(8), texts(rows)) for rows in (6, 7, 11)))
+    found = not_hoisted([r.program for r in records if r.program is not None], inputs=1)
+    assert found == "the encoder ran 3 times for 1 inputs"
 
 
 def prefixed() -> Iterator[Call]:
