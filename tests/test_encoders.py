@@ -126,10 +126,12 @@ def test_rows_of_a_mixing_encoder_are_known_by_the_whole_batch(monkeypatch: pyte
     other = torch.cat([sounds[:1], sounds[1:] + 1.0])
     calls = [(sounds, texts(6)), (sounds, texts(7)), (other, texts(7)), (other.flip(0), texts(7).flip(0))]
     records, _ = run(made(Mixing), iter(calls), verify=False)
-    assert records[-1].program is not None
-    assert records[-1].program.keys.together
+    program = records[-1].program
+    assert program is not None
+    assert program.incremental is not None
+    assert program.incremental.plan.analyzed.together
     right = Keys.__init__
-    monkeypatch.setattr(Keys, "__init__", lambda self, captured, together=False: right(self, captured, False))
+    monkeypatch.setattr(Keys, "__init__", lambda self, captured, ahead=(), together=False: right(self, captured, ahead))
     with pytest.raises(Mismatch):
         run(made(Mixing), iter(calls), verify=False)
 
