@@ -84,6 +84,8 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(size, int):
         if _is_everything(given, value, new.meta["val"]):
             _replace(graph, node, new)
+        else:
+            _scatter_rows(graph, node, dim)
         return
     if given.get("step", 1) != 1:
         _interleave(graph, node, dim, size, given["step"])
@@ -96,6 +98,24 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
             end, new = start + 1, call(graph, node, aten.unsqueeze.default, new, dim)
         pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
         made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
+    _replace(graph, node, made)
+
+
+def _scatter_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
+    """``x[:, k:] = y`` and ``x[:, :-k] = y``, along an axis of unknown length."""
+    base, new = arguments(node)[:2]
+    given, value = _given(node), node.meta["val"]
+    start, end = given.get("start") or 0, given.get("end")
+    end = 0 if end in (None, _LAST) else end
+    known = isinstance(start, int) and isinstance(end, int) and start >= 0 >= end
+    if "index" in given or given.get("step", 1) != 1 or not known or new.meta["val"].dtype != value.dtype:
+        return
+    if sym(new.meta["val"].shape[dim]) - (sym(value.shape[dim]) - start + end) != 0:
+        return
+    with graph.inserting_before(node):
+        before = [call(graph, node, aten.slice.Tensor, base, dim, 0, start)] if start else []
+        after = [call(graph, node, aten.slice.Tensor, base, dim, end, _LAST)] if end else []
+        made = call(graph, node, aten.cat.default, [*before, new, *after], dim)
     _replace(graph, node, made)
 
 

@@ -49,7 +49,7 @@ CASES: tuple[Case, ...] = (
     *_cases("future", (FUTURE, NOT_INCREMENTAL), *normalisers.NOT_CAUSAL),
     # Whole matrices of pairs are combined: the future is in them, and they cannot be cut into rows.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), masks.WrongSoftmaxAxis, masks.MaxOverAllScores),
-    *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.WindowsAhead),
+    *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.NextRowWritten, rows.WindowsAhead),
     # Dynamo itself does not look into a GRU.
     *_cases("future", (FUTURE, UNKNOWN, BREAK, STATIC), rows.BackwardRecurrence),
     # Ops that need no rule of their own: to know them by name is enough to refuse them.

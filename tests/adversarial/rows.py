@@ -57,6 +57,15 @@ class NextRow(Model):
         return functional.pad(x[:, 1:], (0, 0, 0, 1))
 
 
+class NextRowWritten(Model):
+    """The row after it, written into zeros."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, :-1] = x[:, 1:]
+        return out
+
+
 class WindowsAhead(Model):
     """Windows over the rows that begin a row too late: the last one of each is the next row."""
 

@@ -44,6 +44,13 @@ def some_by_steps(x: Tensor) -> Tensor:
     return out
 
 
+def rows_moved(x: Tensor) -> Tensor:
+    """A token shift, written into zeros."""
+    out = torch.zeros_like(x)
+    out[:, 1:] = x[:, :-1]
+    return x + out
+
+
 def one_entry(x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     out[..., -2] = x[..., 0]
@@ -74,7 +81,7 @@ class Written(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "write", [halves, overwritten, by_turns, some_by_steps, one_entry, broadcast], ids=lambda f: f.__name__
+    "write", [halves, overwritten, by_turns, some_by_steps, rows_moved, one_entry, broadcast], ids=lambda f: f.__name__
 )
 def test_a_write_is_a_join(write: Callable[[Tensor], Tensor]) -> None:
     torch._dynamo.reset()
