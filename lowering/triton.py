@@ -136,7 +136,7 @@ def _shape(spec: Attention, page: int, keys: Strides, values: Strides) -> dict[s
         "group": spec.group,
         "head_size": spec.head_size,
         "head_pad": padded(spec.head_size),
-        "part": min(64, padded(spec.head_size)) if spec.dtype is torch.float32 else padded(spec.head_size),
+        "part": min(32, padded(spec.head_size)) if spec.dtype is torch.float32 else padded(spec.head_size),
         "value_size": spec.value_size,
         "value_pad": padded(spec.value_size),
         "key_paged": keys.page is not None,

@@ -96,7 +96,7 @@ def test_models_say_what_they_are() -> None:
 def test_a_prefix_is_part_of_what_a_row_is_known_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the digest of the prefix a row is taken for one of a text whose later rows of the prefix were others."""
 
-    def constant(keys: Keys, args: Any, table: Any) -> Any:
+    def constant(keys: Keys, args: Any, table: Any, lead: int) -> Any:
         return np.zeros((*table.shape[:2], 32), np.uint8)
 
     monkeypatch.setattr(Keys, "_prefixes", constant)

@@ -246,14 +246,15 @@ def _described(
 
 
 def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
-    """How many entries the first join of something and all rows puts before them."""
+    """How many entries the first join of something and all rows puts before them. Scores have rows on another axis too."""
     for node in module.graph.nodes:
         if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
             continue
         axis = dim_of(node, 1) % node.meta["val"].dim()
         sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
         before = sympy.Add(*sizes[:-1])
-        if sizes[-1] == seq and before != 0 and not before.has(seq):
+        growing = [size for size in arguments(node)[0][-1].meta["val"].shape if sym(size).has(seq)]
+        if sizes[-1] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
             return before
     return sympy.Integer(0)
 
