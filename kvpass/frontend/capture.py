@@ -246,7 +246,7 @@ def _described(
 
 
 def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
-    """How many entries the first join of something and all rows puts before them. Scores have rows on another axis too."""
+    """How many entries the first join of something and all rows puts before them. Scores have rows on two axes."""
     for node in module.graph.nodes:
         if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
             continue

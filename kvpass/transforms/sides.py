@@ -329,7 +329,7 @@ class Parts:
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
             raise NotRecognised(f"{heads} query heads over {kv_heads} key heads and {value_heads} value heads")
         dtypes = {q.dtype, k.dtype, v.dtype}
-        if len(dtypes) != 1 and softmax_dtype is None:
+        if len(dtypes) != 1:  # where the model rounds its scores is its own business then
             raise NotRecognised("operands of several dtypes")
         sizes = (score.free_symbols | support.free_symbols) - {SCORE, B, H, I, J}
         if sizes:
