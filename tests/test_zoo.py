@@ -12,7 +12,7 @@ import pytest
 from tests.zoo.census import Row, Task, rows
 from tests.zoo.tiny import Attn, Mapped, classes, has_attn
 
-SEED = int(os.environ.get("KVPASS_ZOO_SEED", "0"))
+SEED = int(os.environ.get("KVPASS_ZOO_SEED", "18"))  # a draw with few of the models whose tracing takes a minute
 ALL = [(m, t) for m in get_args(Mapped) for t in classes(m)]
 DRAWN: list[Task] = [
     (m, t, random.Random(f"{SEED} {t}").choice(get_args(Attn)))
