@@ -249,7 +249,7 @@ def absorb(
         s = tl.where(visible(b, h, i, inside, start, reads) & (j < rows), s, float("-inf"))
     top = tl.maximum(most, tl.max(s, 1) * factor)
     shift = top if PLAIN_SCORE and not MASKED else tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(s * factor - shift[:, None])
+    p = tl.exp2(tl.fma(s, factor, -shift[:, None]))
     shrink = tl.exp2(most - shift)
     total = total * shrink + tl.sum(p, 1)
     value_pages = key_pages if SHARED else pages_of(value_table, tile, rows, VALUE_PAGED, MASKED)
