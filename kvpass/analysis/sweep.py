@@ -15,7 +15,6 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min
-from torch.utils._sympy.value_ranges import bound_sympy
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
@@ -93,19 +92,15 @@ def sym(value: Any) -> Expr:
         return sympy.sympify(value)
     expr: Expr = value.node.expr
     if expr.has(Max, Min):
-        ranges = value.node.shape_env.var_to_range
-        expr = expr.replace(Max, lambda *of: _outermost(Max, of, ranges))
-        expr = expr.replace(Min, lambda *of: _outermost(Min, of, ranges))
+        expr = _guarded(expr, value.node.shape_env.guards)
     return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
 
 
-def _outermost(kind: type[Expr], of: tuple[Expr, ...], ranges: Any) -> Expr:
-    """The largest or smallest of sizes, where the ranges that are guarded say which one it is."""
-    for one in of:
-        gaps = [bound_sympy(one - other if kind is Max else other - one, ranges) for other in of if other != one]
-        if all(gap.lower >= 0 for gap in gaps):
-            return one
-    return kind(*of)
+def _guarded(size: Expr, guards: list[Any]) -> Expr:
+    """The symbol that a size is guarded to be equal to: ``64 - max(0, 64 - s)`` beside ``s`` rows."""
+    pairs = (guard.expr.args for guard in guards if isinstance(guard.expr, sympy.Eq))
+    equal = (b if a == size else a for a, b in pairs if size in (a, b))
+    return next((other for other in equal if other.is_Symbol), size)
 
 
 def _divided(a: Expr, b: Expr) -> Expr:
