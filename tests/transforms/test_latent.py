@@ -140,7 +140,14 @@ def turned_shared(layer: Layer, c: Tensor, shared: Tensor, x: Tensor) -> tuple[T
     return torch.cat([k, torch.cat([half, swapped], 1)], -1), v
 
 
-NEAR_MISSES = [biased, normed, two_latents, own_parts, shifted_heads, turned_shared]
+def reordered_shared(layer: Layer, c: Tensor, shared: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Its halves are exchanged after it was repeated."""
+    k, v = heads(layer.up(c)).split([NOPE, VALUE], -1)
+    each = shared.expand(-1, HEADS, -1, -1)
+    return torch.cat([k, each[..., 2:], each[..., :2]], -1), v
+
+
+NEAR_MISSES = [biased, normed, two_latents, own_parts, shifted_heads, turned_shared, reordered_shared]
 
 
 @dataclass
