@@ -147,7 +147,13 @@ def reordered_shared(layer: Layer, c: Tensor, shared: Tensor, x: Tensor) -> tupl
     return torch.cat([k, each[..., 2:], each[..., :2]], -1), v
 
 
-NEAR_MISSES = [biased, normed, two_latents, own_parts, shifted_heads, turned_shared, reordered_shared]
+def a_row_back(layer: Layer, c: Tensor, shared: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row has the values of the row before it."""
+    k, v = heads(layer.up(c)).split([NOPE, VALUE], -1)
+    return with_shared(k, shared), torch.cat([v[:, :, :1], v[:, :, :-1]], 2)
+
+
+NEAR_MISSES = [biased, normed, two_latents, own_parts, shifted_heads, turned_shared, reordered_shared, a_row_back]
 
 
 @dataclass
