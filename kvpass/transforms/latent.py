@@ -23,7 +23,7 @@ from torch import fx
 
 from kvpass.analysis.facts import Kind
 from kvpass.analysis.sweep import Analyzed, arguments, sym
-from kvpass.ir import Attention, Role
+from kvpass.ir import Attention
 from kvpass.transforms.origins import MOVES, Origins, origins
 from kvpass.transforms.plan import storable
 from kvpass.transforms.sides import Recognised
@@ -210,9 +210,9 @@ def _projects(analyzed: Analyzed, node: fx.Node) -> bool:
     args = arguments(node)
     if node.target not in (aten.linear.default, aten.matmul.default) or len(args) != 2 or node.kwargs:
         return False
-    weights = {given.name for given in analyzed.captured.of(Role.CONSTANT)}
     weight: fx.Node = args[1]
-    return weight.name in weights and weight.meta["val"].dim() == 2 and bool(analyzed.fact(args[0]).deps)
+    learnt = weight.name in analyzed.captured.constants
+    return learnt and weight.meta["val"].dim() == 2 and bool(analyzed.fact(args[0]).deps)
 
 
 def _projected(analyzed: Analyzed, made: Origins) -> list[tuple[int, int, int]]:
