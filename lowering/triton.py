@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import linecache
 import re
 import types
@@ -78,16 +79,16 @@ def source(
     keys = keys or _usual(spec.page_size, spec.head_size)
     values = values or _usual(spec.page_size, spec.value_size)
     paged = keys.page is not None and values.page is not None
-    cut = vars(how or config(spec if paged else replace(spec, page_size=None), arch))
-    page = spec.page_size or cut["block_n"]
-    cut = cut | {"block_n": _constant(cut["block_n"])}
+    how = how or config(spec if paged else replace(spec, page_size=None), arch)
+    page = spec.page_size or how.block_n
+    cut = vars(how) | {"block_n": _constant(how.block_n), "options": f"OPTIONS = {json.dumps(how.options)}\n"}
     facts = cut | _shape(spec, page, keys, values) | _words(spec)
     _, mark, tiles = (FOLDER / "tiles.py").read_text().partition("# ---- the shape")
     facts["tiles"] = specialise(mark + tiles, facts, "#")
     facts["about"] = "".join(f"# {line}\n" for line in text(spec).splitlines())
     if spec.step is Step.DECODE:
         return _module("decode", facts)
-    return _module("prefill", facts | {"block_m": _constant(cut["block_m"])})
+    return _module("prefill", facts | {"block_m": _constant(how.block_m)})
 
 
 def append_source(page_size: int, size: int, layout: Strides) -> str:

@@ -26,6 +26,8 @@ class Config:
         programs: decode splits the keys until there are this many programs.
         least_tiles: of a split: below that the second kernel costs more than it gives.
         most_splits: bounds the memory of the parts.
+        registers: how many a thread may have at most, of an NVIDIA GPU; 0 leaves it to ptxas, which aims at more
+            threads on a multiprocessor and would rather spill a few bytes.
     """
 
     block_m: int
@@ -35,11 +37,19 @@ class Config:
     programs: int = 0
     least_tiles: int = 4
     most_splits: int = 128
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of Triton's launch and compiler."""
+        most = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | most
 
 
 # By the padded size of keys and values together, up to which an entry holds; entries in order of preference.
 Table = tuple[tuple[int, Config], ...]
 DECODE: Table = (
+    (128, Config(32, 64, 4, 3, registers=128)),
     (512, Config(32, 64, 4, 3)),
     (512, Config(32, 32, 4, 2)),
     (1024, Config(16, 32, 4, 3)),
@@ -60,24 +70,22 @@ PREFILL_BY_GROUPS: Table = (
     *PREFILL[-2:],
 )
 # Products of fp32 are no work for tensor cores: a thread holds what it multiplies.
-FP32: Table = ((1024, Config(16, 16, 4, 1)),)
-FP32_NARROW: Table = ((512, Config(16, 16, 2, 1)), *FP32)
+FP32: Table = ((256, Config(16, 16, 4, 1)), (1024, Config(16, 16, 4, 1, registers=255)))
+FP32_NARROW: Table = ((512, Config(16, 16, 2, 1, registers=255)), *FP32)
 # Half a tile less: with 64 keys ptxas keeps within 128 registers and spills.
 PREFILL_SM100: Table = ((128, Config(128, 32, 8, 3)), *PREFILL_BY_GROUPS)
 # For masks and scores that take registers of their own (`_reads_tiles`).
-DECODE_BESIDE: Table = ((512, Config(32, 32, 4, 3)), *DECODE[1:])
+DECODE_BESIDE: Table = ((512, Config(32, 32, 4, 3)), *DECODE[-3:])
 PREFILL_BESIDE: Table = (
-    (128, Config(128, 32, 8, 2)),
     (256, Config(64, 32, 8, 2)),
     (512, Config(32, 32, 8, 2)),
     *PREFILL[-2:],
 )
 PREFILL_BESIDE_BY_GROUPS: Table = ((256, Config(128, 32, 8, 2)), (512, Config(64, 32, 8, 2)), *PREFILL[-2:])
-PREFILL_BESIDE_CDNA: Table = (*PREFILL_BESIDE[:2], (512, Config(32, 32, 4, 2)), *PREFILL[-2:])
+PREFILL_BESIDE_CDNA: Table = (*PREFILL_BESIDE[:1], (512, Config(32, 32, 4, 2)), *PREFILL[-2:])
 
-# ptxas aims at more threads than there are registers for, and spills a few bytes, by the shape of the code.
 _FP32 = {
-    ("sm_80", Step.DECODE): ((512, Config(16, 32, 4, 2)), *FP32),
+    ("sm_80", Step.DECODE): ((512, Config(16, 32, 4, 2, registers=255)), *FP32),
     ("sm_90", Step.DECODE): ((512, Config(16, 32, 4, 1)), *FP32),
     ("sm_80", Step.PREFILL): FP32_NARROW,
     ("sm_90", Step.PREFILL): FP32_NARROW,
@@ -97,7 +105,8 @@ def config(spec: Attention, arch: str) -> Config:
     machine = ARCHITECTURES[arch]
     for widest, found in table(spec, arch):
         if both(spec) <= widest and shared_memory(spec, found, machine) <= machine.shared_limit:
-            return replace(found, programs=4 * machine.multiprocessors)
+            registers = found.registers if machine.backend == "cuda" else 0
+            return replace(found, programs=4 * machine.multiprocessors, registers=registers)
     raise NotImplementedError(f"heads of {spec.head_size} and {spec.value_size} on {arch}")
 
 

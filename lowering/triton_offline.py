@@ -58,7 +58,7 @@ def offline(spec: Attention, arch: str, new: int = 1, splits: int = 32, how: Con
         signature,
         constants,
         frozenset({*_OPERANDS, *_TABLES, *(set(_PARTS) & set(signature)), *strides}),
-        {"num_warps": how.warps, "num_stages": how.stages},
+        how.options,
     )
 
 

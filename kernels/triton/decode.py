@@ -42,12 +42,13 @@ from kvpass.kernels.triton.tiles import (
 
 # fmt: off
 LARGEST_BLOCK_M = 32  #= block_m
-WARPS = 4  #= warps
-STAGES = 3  #= stages
 PROGRAMS = 528  #= programs
 LEAST_TILES = 4  #= least_tiles
 MOST_SPLITS = 128  #= most_splits
 # fmt: on
+#: begin options
+OPTIONS = {"num_warps": 4, "num_stages": 3}
+#: end options
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ def attention(
         query, keys, values, key_table, value_table, out, parts, mosts, totals, loads, start, rows, each, splits,
         *query.stride()[:3],
         k_head, v_head, key_row, value_row, *out.stride()[:3],
-        BLOCK_M=block_m, SHARED=shared, DIRECT=splits == 1, num_warps=WARPS, num_stages=STAGES,
+        BLOCK_M=block_m, SHARED=shared, DIRECT=splits == 1, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
         combine[(queries, KV_HEADS.value, batch)](

@@ -40,9 +40,10 @@ from kvpass.kernels.triton.tiles import (
 
 # fmt: off
 BLOCK_M = tl.constexpr(128)  #= block_m
-WARPS = 8  #= warps
-STAGES = 3  #= stages
 # fmt: on
+#: begin options
+OPTIONS = {"num_warps": 8, "num_stages": 3}
+#: end options
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
@@ -135,6 +136,6 @@ def attention(
     prefill[(triton.cdiv(new * GROUP.value, BLOCK_M.value), KV_HEADS.value, batch)](
         query, keys, values, key_table, value_table, out, loads, start, rows, *query.stride()[:3],
         k_head, v_head, key_row, value_row, *out.stride()[:3],
-        SHARED=shared, num_warps=WARPS, num_stages=STAGES,
+        SHARED=shared, **OPTIONS,
     )  # fmt: skip
     return out

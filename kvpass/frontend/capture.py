@@ -208,8 +208,15 @@ def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
     if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
         return None
     (symbol,) = guard.free_symbols
-    holds = [n for n in range(2, 513) if guard.xreplace({symbol: sympy.Integer(n)}) == sympy.true]
+    holds = [n for n in range(2, 513) if _holds(guard, symbol, n)]
     return (symbol, holds[0]) if len(holds) == 1 else None
+
+
+def _holds(guard: sympy.Eq, symbol: sympy.Symbol, n: int) -> bool:
+    try:
+        return bool(guard.xreplace({symbol: sympy.Integer(n)}) == sympy.true)
+    except ZeroDivisionError:  # chunks of n // 64 rows: torch would have raised, too
+        return False
 
 
 def _made_a_number(number: int, place: Any) -> errors.StaticLength:

@@ -128,7 +128,8 @@ def _is_everything(given: dict[str, Any], value: Any, new: Any) -> bool:
 
 def _given(node: fx.Node) -> dict[str, Any]:
     """Where a scatter writes."""
-    return dict(zip(("dim", "start", "end", "step"), arguments(node)[2:], strict=False)) | node.kwargs
+    names = ("dim", "index") if node.target is aten.select_scatter.default else ("dim", "start", "end", "step")
+    return dict(zip(names, arguments(node)[2:], strict=False)) | node.kwargs
 
 
 def _interleave(graph: fx.Graph, node: fx.Node, dim: int, size: int, step: int) -> None:
