@@ -132,6 +132,15 @@ def normalised_between(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) 
     return y[inverse].view(-1, EACH, SIZE).sum(1)
 
 
+def one_expert(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Counted between two equal bounds."""
+    weights, experts = m.router(x)[:, :1].sigmoid().topk(1, -1)
+    sorted_experts, order = experts.flatten().sort()
+    ends = torch.histc(sorted_experts.float(), 1, 0, 0).cumsum(0, dtype=torch.int32)
+    y = product_in_groups(x[order], m.up[:1], ends) * weights.flatten()[order][:, None]
+    return product_in_groups(m.gated(y), m.down[:1], ends)[order.argsort()]
+
+
 # --- without --------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +174,7 @@ SORTED = (
     added_where_it_came_from,
     written_where_it_came_from,
     normalised_between,
+    one_expert,
 )
 WAYS = (*SORTED, dense, scattered_weights, weights_of_each_row)
 

@@ -17,6 +17,7 @@ from kvpass import errors
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.higher_order import expanded
+from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role
 
 
@@ -43,7 +44,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
     growing = _sequence_symbols(fakes, constant, _answered(gm))
-    gm, scalars = _with_numbers(expanded(gm), places, real)
+    gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
     module = _exported(gm, fakes)
     refused: list[errors.Refusal] = []
     fixed = _numbers(fakes)

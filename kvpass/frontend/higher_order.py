@@ -18,6 +18,8 @@ from torch._functorch import predispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kvpass.frontend.vmap import regions
+
 aten = torch.ops.aten
 _FLEX = torch.ops.higher_order.flex_attention
 _COPIES = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
@@ -131,29 +133,15 @@ def _drop_unread(graph: fx.Graph) -> None:
     before = -1
     while before != len(graph.nodes):
         before = len(graph.nodes)
-        for region in _regions(graph):
+        for region in regions(graph):
             held = set(region)
             if all(set(node.users) <= held and _harmless(node, held) for node in region):
                 for node in reversed(region):
                     graph.erase_node(node)
-        held = {node for region in _regions(graph) for node in region}
+        held = {node for region in regions(graph) for node in region}
         for node in reversed(graph.nodes):
             if not node.users and node not in held and _removable(node):
                 graph.erase_node(node)
-
-
-def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The nodes of each outermost `vmap`, entering and leaving it included."""
-    regions: list[list[fx.Node]] = []
-    depth = 0
-    for node in graph.nodes:
-        if node.target is predispatch._vmap_increment_nesting:
-            regions += [[]] if depth == 0 else []
-            depth += 1
-        if depth:
-            regions[-1].append(node)
-        depth -= node.target is predispatch._vmap_decrement_nesting
-    return regions
 
 
 def _harmless(node: fx.Node, held: set[fx.Node]) -> bool:

@@ -54,6 +54,8 @@ _MOVES = (
 )
 """Ops whose result has no entry that their operand has not."""
 
+_HISTC: dict[str, Any] = {"bins": 100, "min": 0, "max": 0}
+"""Its defaults. Between two equal bounds the values' own are taken: one expert counts all rows."""
 
 _INDICES: dict[Any, int] = {aten.argmax.default: 1, aten.argmin.default: 1, aten.argsort.default: 1}
 _SECOND_INDICES: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.max.dim: 1, aten.min.dim: 1}
@@ -164,9 +166,9 @@ class _Sorted:
         """``histc(experts, E, 0, E - 1)``, its running sum, and casts of both."""
         x = arguments(node)[0] if arguments(node) else None
         if node.target is aten.histc.default and self.twins.get(_uncast(x)) is self.ids:
-            _, bins, low, high = (*arguments(node), *(None,) * 3)[:4]
-            if low == 0 and high == bins - 1 and _below(self.ids, bins):
-                self.counts[node] = bins
+            given = _HISTC | dict(zip(_HISTC, arguments(node)[1:], strict=False)) | node.kwargs
+            if given["min"] == 0 and given["max"] == given["bins"] - 1 and _below(self.ids, given["bins"]):
+                self.counts[node] = given["bins"]
                 return True
         if x in self.counts and node.target is aten.cumsum.default:
             self.ends[node] = self.counts[x]

@@ -56,24 +56,27 @@ def _copy(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _chosen(graph: fx.Graph, node: fx.Node) -> None:
-    """``x[.., mask] = number`` is a choice between the two."""
+    """``x[.., mask] = y`` is a choice between the two, where the same `y` is written wherever the mask is true."""
     x, indices, value, *accumulate = arguments(node)
     masks = [k for k, i in enumerate(indices) if i is not None]
-    if len(masks) != 1 or any(accumulate) or node.kwargs or not _is_number(value):
+    if len(masks) != 1 or any(accumulate) or node.kwargs:
         return
     (at,) = masks
     mask = indices[at]
     if mask.meta["val"].dtype is not torch.bool or value.meta["val"].dtype != x.meta["val"].dtype:
         return
+    behind = x.meta["val"].dim() - at - mask.meta["val"].dim()
+    sizes = list(value.meta["val"].shape)
+    written = sizes[max(0, len(sizes) - behind) :]
+    if any(size != 1 for size in sizes[: len(sizes) - len(written)]):
+        return
     with graph.inserting_before(node):
-        for _ in range(x.meta["val"].dim() - at - mask.meta["val"].dim()):
+        for _ in range(behind):
             mask = call(graph, node, aten.unsqueeze.default, mask, -1)
-        made = call(graph, node, aten.where.self, mask, call(graph, node, aten.reshape.default, value, []), x)
+        for _ in range(len(sizes) - len(written)):
+            value = call(graph, node, aten.squeeze.dim, value, 0)
+        made = call(graph, node, aten.where.self, mask, value, x)
     _replace(graph, node, made)
-
-
-def _is_number(value: fx.Node) -> bool:
-    return all(size == 1 for size in value.meta["val"].shape)
 
 
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:

@@ -100,6 +100,18 @@ def mask_by_index(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float
     return softmax(scores_of(q, k, scale) + mask, dim=-1) @ v
 
 
+def mask_by_vmap(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """A function of two numbers, mapped over both axes."""
+    k, v = repeat(q, k, v)
+    rows = torch.arange(allowed.shape[0])
+
+    def kept(i: Tensor, j: Tensor) -> Tensor:
+        return i.new_ones((), dtype=torch.bool) & allowed[i, j]
+
+    mask = torch.vmap(torch.vmap(kept, in_dims=(None, 0)), in_dims=(0, None))(rows, rows)
+    return softmax(scores_of(q, k, scale).masked_fill(~mask, NEG_INF), dim=-1) @ v
+
+
 def mask_written_in_place(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
     k, v = repeat(q, k, v)
     mask = torch.empty_like(allowed, dtype=q.dtype)

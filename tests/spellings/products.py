@@ -69,6 +69,16 @@ def head_loop(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) ->
     return torch.stack(heads, dim=1)
 
 
+def vmap_heads(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """One head of one sequence, mapped over both."""
+    k, v = repeat(q, k, v)
+
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return softmax((q @ k.T * scale).masked_fill(~allowed, NEG_INF), dim=-1) @ v
+
+    return torch.vmap(torch.vmap(one))(q, k, v)
+
+
 def repeat_interleave(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), torch.repeat_interleave(v, group, 1)

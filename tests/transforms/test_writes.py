@@ -58,6 +58,15 @@ def one_entry(x: Tensor) -> Tensor:
     return out
 
 
+def where_a_mask_says(x: Tensor) -> Tensor:
+    """The same vector into every row of a kind; with an axis of one entry; a number by a mask of the last axis."""
+    out = x.clone()
+    out[x[..., 0] > 0.3] = torch.arange(SIZE, dtype=x.dtype)
+    out[x[..., 1] > 0.8] = x.new_full((1, SIZE), 2.0)
+    out[..., torch.arange(SIZE) % 3 == 1] = -1.0
+    return out
+
+
 def broadcast(x: Tensor) -> Tensor:
     scale, y = torch.broadcast_tensors(torch.arange(SIZE) / SIZE, x)
     return y * scale
@@ -81,7 +90,9 @@ class Written(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "write", [halves, overwritten, by_turns, some_by_steps, rows_moved, one_entry, broadcast], ids=lambda f: f.__name__
+    "write",
+    [halves, overwritten, by_turns, some_by_steps, rows_moved, one_entry, where_a_mask_says, broadcast],
+    ids=lambda f: f.__name__,
 )
 def test_a_write_is_a_join(write: Callable[[Tensor], Tensor]) -> None:
     torch._dynamo.reset()
@@ -94,3 +105,17 @@ def test_a_write_is_a_join(write: Callable[[Tensor], Tensor]) -> None:
         fast = kvpass.compile(model, cache=kvpass.Cache(capacity="16MiB", page_size=4, poison=True))
         for rows in (7, 8, 9, 20):
             compare(fast(ids[:, :rows]), model(ids[:, :rows]))
+
+
+def test_one_row_of_an_axis_of_unknown_length() -> None:
+    """Refused, and no defect."""
+
+    def first_row(x: Tensor) -> Tensor:
+        out = x.clone()
+        out[:, 0] = 0.5
+        return out
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = kvpass.explain(Written(first_row), torch.zeros(2, 9, dtype=torch.long))
+    assert [refusal.code for refusal in report.refusals] == ["KV201"]

@@ -1,0 +1,76 @@
+"""`torch.vmap` in a graph of Dynamo's: the same ops on whole tensors.
+
+Dynamo writes entering and leaving a `vmap` as calls in its graph. ATen is traced before dispatch, where they have no
+meaning yet, so what stands between them is traced here, through `vmap`, and takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch import predispatch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def unmapped(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without `vmap`; itself where there is none."""
+    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := _value(n), FakeTensor)), None)
+    if mode is None or not regions(gm.graph):
+        return gm
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for region in regions(graph):
+        _trace(gm, graph, region, mode)
+    return fx.GraphModule(gm, graph)
+
+
+def regions(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes of each outermost `vmap`, entering and leaving it included."""
+    found: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        if node.target is predispatch._vmap_increment_nesting:
+            found += [[]] if depth == 0 else []
+            depth += 1
+        if depth:
+            found[-1].append(node)
+        depth -= node.target is predispatch._vmap_decrement_nesting
+    return found
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: FakeTensorMode) -> None:
+    """Put what a region computes in its place; nothing, where it holds functions or constants of its own."""
+    inside = {node for node in region if node.op != "get_attr"}
+    given = list(dict.fromkeys(x for node in region if node in inside for x in node.all_input_nodes if x not in inside))
+    read = [node for node in region if node in inside and any(user not in inside for user in node.users)]
+    if not all(isinstance(_value(node), (Tensor, torch.SymInt, int, float)) for node in given):
+        return
+    piece = fx.Graph()
+    copies = {node: piece.placeholder(node.name) for node in given}
+    for node in region:
+        if node in inside:
+            copies[node] = piece.node_copy(node, copies.__getitem__)
+    piece.output(tuple(copies[node] for node in read))
+    run = fx.Interpreter(fx.GraphModule(gm, piece)).run
+    with mode, torch.no_grad():
+        traced = make_fx(run)(*(_value(node) for node in given))
+    if any(node.op == "get_attr" for node in traced.graph.nodes):
+        return
+    places = traced.graph.find_nodes(op="placeholder")
+    with graph.inserting_before(region[-1].next):
+        made: Any = graph.graph_copy(traced.graph, copied := dict(zip(places, given, strict=True)))
+    for node in copied.keys() - places:
+        copied[node].meta["stack_trace"] = read[0].meta.get("stack_trace")
+    for old, new in zip(read, made, strict=True):
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
+        new.meta["example_value"] = _value(old)
+    for node in reversed(region):
+        if node in inside:
+            graph.erase_node(node)
