@@ -206,7 +206,8 @@ def inputs(model: nn.Module, rows: int, batch: int, seed: int = 0, hears: int = 
     ids = _ids((batch * texts, LONGEST, *inner), seed)[:, :rows].clone()
     call: dict[str, Any] = {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
     if "decoder_input_ids" not in known:
-        return {"input_ids": ids} | _heard(kind, "input_features", rows, batch, hears) | NUMBERS.get(kind, {}) | call
+        sounds = _heard(kind, "input_features", rows, batch, hears) if "input_features" in known else {}
+        return {"input_ids": ids} | sounds | NUMBERS.get(kind, {}) | call
     name = "input_values" if "input_values" in known else "input_features"
     read = ENCODED_BY.get(kind, ENCODED)
     encoded = {"input_ids": _ids((batch, read), seed + hears + 1)}
