@@ -53,6 +53,7 @@ class Captured:
         constants: by placeholder name, the real tensors whose identity the graph may rely on.
         lead: how many entries a prefix of the context has where it stands before the rows, on one axis with them.
         scalars: by placeholder index, the Python numbers that Dynamo passes as 0-d tensors, as the graph has them.
+        guards: what must hold of the length where the graph is one of several: blocks of 512 rows in a Python loop.
     """
 
     module: fx.GraphModule
@@ -62,9 +63,22 @@ class Captured:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[int, Any] = field(default_factory=dict)
     lead: sympy.Expr = sympy.S.Zero
+    guards: tuple[sympy.Basic, ...] = ()
+
+    def takes(self, length: int) -> bool:
+        """Whether the graph is valid for texts of so many rows."""
+        return all(holds(guard, self.seq, length) for guard in self.guards)
 
     def of(self, *roles: Role) -> list[Input]:
         return [i for i in self.inputs if i.role in roles]
+
+
+def holds(guard: sympy.Basic, symbol: sympy.Symbol, number: int) -> bool:
+    """Whether a guard of one symbol is true of a number."""
+    try:
+        return bool(guard.xreplace({symbol: sympy.Integer(number)}) == sympy.true)
+    except ZeroDivisionError:  # chunks of n // 64 rows: torch would have raised, too
+        return False
 
 
 class Step(enum.Enum):

@@ -258,7 +258,7 @@ def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
 
 def _leaf(node: fx.Node, fact: Fact) -> Value:
     function = sympy.Function(leaf_name(node.name), integer=True)
-    return function(*(index(k) for k in range(len(fact.atoms))))
+    return function(*(index(k) if atom.size != 1 else sympy.Integer(0) for k, atom in enumerate(fact.atoms)))
 
 
 def _leaf_value(node: fx.Node, fact: Fact) -> Value:

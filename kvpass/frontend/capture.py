@@ -18,7 +18,7 @@ from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
-from kvpass.ir import Captured, Input, Role
+from kvpass.ir import Captured, Input, Role, holds
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
@@ -191,7 +191,7 @@ def _static_length(fakes: Sequence[Any], lengths: set[int]) -> errors.StaticLeng
 def _numbers(fakes: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, errors.StaticLength]]:
     """The symbols of sizes that tracing has found to be one number, and guards; with the reason that says so."""
     found: dict[sympy.Symbol, tuple[int, errors.StaticLength]] = {}
-    env = next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
+    env = _environment(fakes)
     if env is None:
         return found
     for symbol, number in env.replacements.items():
@@ -204,20 +204,18 @@ def _numbers(fakes: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, errors.Stati
     return found
 
 
+def _environment(fakes: Sequence[Any]) -> Any:
+    """Of the sizes; None where there are no tensors."""
+    return next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
+
+
 def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
     """The symbol and its value, where a guard such as ``sqrt(s) == 3.0`` holds for one size only."""
     if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
         return None
     (symbol,) = guard.free_symbols
-    holds = [n for n in range(2, 513) if _holds(guard, symbol, n)]
-    return (symbol, holds[0]) if len(holds) == 1 else None
-
-
-def _holds(guard: sympy.Eq, symbol: sympy.Symbol, n: int) -> bool:
-    try:
-        return bool(guard.xreplace({symbol: sympy.Integer(n)}) == sympy.true)
-    except ZeroDivisionError:  # chunks of n // 64 rows: torch would have raised, too
-        return False
+    numbers = [n for n in range(2, 513) if holds(guard, symbol, n)]
+    return (symbol, numbers[0]) if len(numbers) == 1 else None
 
 
 def _made_a_number(number: int, place: Any) -> errors.StaticLength:
@@ -250,7 +248,9 @@ def _described(
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
-    return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq))
+    env = _environment(fakes)
+    guards = tuple(guard.expr for guard in env.guards if guard.expr.free_symbols == {seq}) if env is not None else ()
+    return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq), guards=guards)
 
 
 def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:

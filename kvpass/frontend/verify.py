@@ -92,7 +92,7 @@ class _Texts:
         first = captured.of(Role.SEQUENCE)[0]
         held = int(real[first.index].shape[first.seq_axes[0]])
         wanted = held if captured.of(Role.FORM) else max(held, _ROWS[0])
-        self.rows = min(wanted, _ROWS[1])
+        self.rows = next((rows for rows in range(min(wanted, _ROWS[1]), 1, -1) if captured.takes(rows)), held)
         self.pick = [k if k < held else rng.randrange(held) for k in range(self.rows)]
         self.batch = Keys(captured).batch(real)
         self.values = dict(self._symbols())
@@ -107,9 +107,11 @@ class _Texts:
 
     def chunks(self, tail: int) -> list[int]:
         """Ascending prefix lengths: one long first chunk, single rows, and several at once."""
-        first = self.rng.randint(max(2, tail), max(2, tail, self.rows // 2))
-        ends = {first, self.rows, min(first + 1, self.rows), min(first + 4, self.rows)}
-        return sorted(end for end in ends if end >= max(2, tail))
+        least = max(2, tail)
+        taken = [end for end in range(least, self.rows) if self.captured.takes(end)] + [self.rows]
+        first = self.rng.choice([end for end in taken if end <= max(least, self.rows // 2)] or taken)
+        ends = {first, self.rows, first + 1, first + 4}
+        return [end for end in taken if end in ends]
 
     def prefix(self, end: int) -> list[Any]:
         nodes = [n for n in self.captured.module.graph.nodes if n.op == "placeholder"]

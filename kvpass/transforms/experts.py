@@ -21,27 +21,15 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from kvpass.analysis.rules import pointwise
-from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.analysis.table import RULES
+from kvpass.analysis.sweep import arguments, sym
+from kvpass.transforms.alike import RESHAPES, axis_of
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
-_ALONG = {
-    aten.slice.Tensor: 1,
-    aten.select.int: 1,
-    aten.softmax.int: 1,
-    aten._softmax.default: 1,
-    aten.sum.dim_IntList: 1,
-    aten.mean.dim: 1,
-    aten.amax.default: 1,
-}
-"""Ops along one axis or several, and which argument says so."""
-_SAME_ROWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 _MOVES = (
-    *_SAME_ROWS,
+    *RESHAPES,
     aten.transpose.int,
     aten.permute.default,
     aten.unsqueeze.default,
@@ -282,41 +270,15 @@ class _Sorted:
             return True
         if places:
             return self._divided(node, places)
-        rank = node.meta["val"].dim() if isinstance(node.meta["val"], torch.Tensor) else -1
-        mine = [a for a in tensors if a in self.twins]
-        x, args = mine[0].meta["val"], arguments(node)
-        rule = RULES.get(node.target)
-        if rule is not None and rule.__module__ == pointwise.__name__:
-            same = all(self._broadcasts(a, rank) for a in tensors)
-        elif node.target in _SAME_ROWS:
-            same = True  # row-major, and the first axis stays
-        elif node.target in _ALONG:
-            dims = args[_ALONG[node.target]]
-            same = all(d % x.dim() != 0 for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
-        elif node.target is aten.unsqueeze.default:
-            same = args[1] % (x.dim() + 1) != 0
-        elif node.target in (aten.cat.default, aten.concat.default):
-            same = set(mine) == set(tensors) and dim_of(node, 1) % rank != 0
-        elif node.target is aten.linear.default:
-            same = mine == [args[0]] and x.dim() >= 2
-        elif node.target in (aten.layer_norm.default, aten.rms_norm.default):
-            same = mine == [args[0]] and len(args[1]) < x.dim()
-        else:
-            same = False
-        if not same:
+        mine = dict.fromkeys((a for a in tensors if a in self.twins), 0)
+        if axis_of(node, mine) != 0:
             return False
+        args = arguments(node)
 
         def twin(a: fx.Node) -> Any:
             return self.twins.get(a, a)
 
         return self._twin(node, node.target, *fx.map_arg(args, twin), **fx.map_arg(dict(node.kwargs), twin))
-
-    def _broadcasts(self, a: fx.Node, rank: int) -> bool:
-        """Rows meet rows: the first axis of a twin is that of the result, and nothing else has rows."""
-        value = a.meta["val"]
-        if a in self.twins:
-            return bool(value.dim() == rank)
-        return bool(value.dim() < rank or value.shape[0] == 1)
 
     def _divided(self, node: fx.Node, places: list[Any]) -> bool:
         """``order // each``."""

@@ -15,6 +15,7 @@ from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.ir import Captured
+from kvpass.transforms.blocks import at_once
 from kvpass.transforms.composites import decomposed
 from kvpass.transforms.convolutions import unrolled
 from kvpass.transforms.differences import distributed
@@ -62,6 +63,7 @@ def normalise(captured: Captured) -> None:
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     joined(graph)
+    at_once(graph)
     in_order(graph)
     unrolled(graph)
     respelled(captured)

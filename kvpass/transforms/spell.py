@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 
 def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -16,7 +19,10 @@ def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any,
     def value(a: fx.Node) -> Any:
         return a.meta["val"]
 
-    node.meta = {**like.meta, "val": target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))}
+    given, named = fx.map_arg(args, value), fx.map_arg(kwargs, value)
+    fakes = (leaf.fake_mode for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, FakeTensor))
+    with next(fakes, nullcontext()):  # some ops make tensors of their own on the way
+        node.meta = {**like.meta, "val": target(*given, **named)}
     return node
 
 

@@ -277,12 +277,26 @@ class Blocks(Model):
         q, k, v = self.qkv(x).view(b, s, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         if self.how == "outside":
             return flex_attention(q, k, v, block_mask=self.made).transpose(1, 2).reshape(b, s, SIZE)
-        index, outs = torch.arange(s), []
-        blocks = q.chunk(2, 2) if self.how == "chunk" else [q[:, :, at : at + 4] for at in range(0, s, 4)]
-        rows = index.chunk(2) if self.how == "chunk" else [index[at : at + 4] for at in range(0, s, 4)]
-        for block, row in zip(blocks, rows, strict=True):
-            outs.append((block @ k.mT).masked_fill(index > row[:, None], NEG_INF).softmax(-1) @ v)
+        index = torch.arange(s)
+        outs = []
+        for block, row in zip(self.cut(q), self.cut(index[None, None, :, None]), strict=True):
+            outs.append((block @ k.mT).masked_fill(index > row, NEG_INF).softmax(-1) @ v)
         return torch.cat(outs, 2).transpose(1, 2).reshape(b, s, SIZE)
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """Rows `[.., S, D]` in blocks."""
+        rows = x.shape[2]
+        if self.how == "chunk":
+            return list(x.chunk(2, 2))
+        if self.how == "split":
+            return list(x.split(16, 2))
+        if self.how == "range":
+            return [x[:, :, at : at + 4] for at in range(0, rows, 4)]
+        found, at = [], 0
+        while at < rows:
+            found.append(x[:, :, at : at + 16])
+            at += 16
+        return found
 
 
 def causal_block_mask(rows: int) -> Any:
@@ -329,6 +343,9 @@ MODULES: dict[str, Module] = {
     "rotary_complex": Module(Complex),
     "temperature": Module(lambda: Scores("temperature")),
     "temperature_of_heads": Module(lambda: Scores("each")),
+    "blocks_by_chunk": Module(lambda: Blocks("chunk")),
+    "blocks_by_split": Module(lambda: Blocks("split"), 2),  # two graphs: one block, two blocks
+    "blocks_until_the_end": Module(lambda: Blocks("while"), 2),
     "upcast": Module(lambda: Scores("upcast"), dtype=torch.bfloat16),
 }
 
@@ -338,7 +355,6 @@ PADDED: dict[str, bool] = {"first": True, "last": True, "filled": True, "product
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "encoder_that_looks_into_its_mask": (lambda: Encoder("bool", hint=None), "KV104"),
     "blocks_in_a_loop": (lambda: Blocks("range"), "KV101"),
-    "blocks_by_chunk": (lambda: Blocks("chunk"), "KV201"),
     "block_mask_from_outside": (lambda: Blocks("outside"), "KV101"),
 }
 """Models that run as they are written, and the code of the reason."""

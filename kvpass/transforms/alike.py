@@ -1,0 +1,159 @@
+"""Ops that treat the entries along one axis alike: what is computed of some of them is that part of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.analysis.rules import pointwise
+from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.analysis.table import RULES
+
+aten = torch.ops.aten
+
+_ALONG = {
+    aten.slice.Tensor: 1,
+    aten.select.int: 1,
+    aten.softmax.int: 1,
+    aten._softmax.default: 1,
+    aten._safe_softmax.default: 1,
+    aten.sum.dim_IntList: 1,
+    aten.mean.dim: 1,
+    aten.amax.default: 1,
+    aten.amin.default: 1,
+    aten.logsumexp.default: 1,
+}
+"""Ops along one axis or several, and which argument says so."""
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_JOINS = (aten.cat.default, aten.concat.default)
+
+
+def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
+    """Along which axis of the result its entries are alike; None where they are not.
+
+    Args:
+        axes: that axis of the operands that have one. The others are the same for all entries.
+    """
+    target, args = node.target, arguments(node)
+    tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not axes:
+        return None
+    rank = node.meta["val"].dim()
+    rule = RULES.get(target)
+    if rule is not None and rule.__module__ == pointwise.__name__:
+        return _aligned(tensors, axes, rank)
+    if target in (aten.matmul.default, aten.bmm.default):
+        return _of_product(args[0], args[1], axes, rank)
+    if target in _JOINS:
+        found = {axes.get(a) for a in tensors}
+        axis = found.pop()
+        return axis if not found and axis is not None and dim_of(node, 1) % rank != axis else None
+    if target is aten.scaled_dot_product_attention.default:
+        return _of_attention(node, axes, rank)
+    return _of_one(node, axes[args[0]], rank) if set(axes) == {args[0]} else None
+
+
+def _of_one(node: fx.Node, axis: int, rank: int) -> int | None:
+    """Of an op on one tensor of rows, whose other operands are weights."""
+    target, args = node.target, arguments(node)
+    before: int = args[0].meta["val"].dim()
+    if target in _ALONG:
+        given = args[_ALONG[target]]
+        dims = {int(d) % before for d in (given if isinstance(given, (list, tuple)) else [given])}
+        return None if axis in dims else axis - (0 if rank == before else sum(d < axis for d in dims))
+    if target is aten.linear.default:
+        return axis if axis < before - 1 else None
+    if target in (aten.layer_norm.default, aten.rms_norm.default):
+        return axis if axis < before - len(args[1]) else None
+    if target in RESHAPES:
+        return _of_reshape(node, axis)
+    return _moved(node, axis, rank)
+
+
+def _moved(node: fx.Node, axis: int, rank: int) -> int | None:
+    """Of an op that only moves axes."""
+    target, args = node.target, arguments(node)
+    if target is aten.transpose.int:
+        a, b = int(args[1]) % rank, int(args[2]) % rank
+        return {a: b, b: a}.get(axis, axis)
+    if target is aten.permute.default:
+        order: list[int] = list(args[1])
+        return next(k for k, d in enumerate(order) if d % rank == axis)
+    if target is aten.unsqueeze.default:
+        return axis + int(args[1] % rank <= axis)
+    if target is aten.squeeze.dim:
+        before: int = args[0].meta["val"].dim()
+        gone = int(args[1]) % before
+        return None if gone == axis else axis - int(gone < axis and rank < before)
+    if target is aten.expand.default:
+        return axis + rank - int(args[0].meta["val"].dim())
+    return None
+
+
+def _aligned(tensors: list[fx.Node], axes: Mapping[fx.Node, int], rank: int) -> int | None:
+    """Where broadcasting puts the axis: the same place for all, and the others have one entry there."""
+    found: set[int] = {rank - a.meta["val"].dim() + axis for a, axis in axes.items()}
+    if len(found) != 1:
+        return None
+    (axis,) = found
+    for a in tensors:
+        place = axis - rank + a.meta["val"].dim()
+        if a not in axes and place >= 0 and a.meta["val"].shape[place] != 1:
+            return None
+    return axis
+
+
+def _of_product(left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
+    """Rows of the left matrix, columns of the right one, or one product for each entry; not what is summed over."""
+    dims = [a.meta["val"].dim() for a in (left, right)]
+    if min(dims) < 2 or left is right:
+        return None
+    if axes.get(left) == dims[0] - 1 or axes.get(right) == dims[1] - 2:
+        return None
+    found = {rank - dim + axes[a] for a, dim in zip((left, right), dims, strict=True) if a in axes}
+    if len(found) != 1:
+        return None
+    (axis,) = found
+    for a, dim in zip((left, right), dims, strict=True):
+        place = axis - rank + dim
+        if axis < rank - 2 and a not in axes and place >= 0 and a.meta["val"].shape[place] != 1:
+            return None
+    both = axes.keys() >= {left, right}
+    return None if both and axis >= rank - 2 else axis
+
+
+def _of_attention(node: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
+    """Queries; a mask has them, too, or is the same for all of them."""
+    query, *rest = node.all_input_nodes
+    given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), arguments(node)[3:], strict=False))
+    mask = given.get("mask", node.kwargs.get("attn_mask"))
+    dropout = given.get("dropout", node.kwargs.get("dropout_p", 0.0))
+    causal = given.get("causal", node.kwargs.get("is_causal", False))  # counts from the first of the queries
+    if axes.get(query) != rank - 2 or causal or dropout != 0:
+        return None
+    if any(a in axes for a in rest if a is not mask):
+        return None
+    if mask is None:
+        return rank - 2
+    rows = mask.meta["val"].dim() - 2
+    held = axes.get(mask) == rows if mask in axes else rows < 0 or mask.meta["val"].shape[rows] == 1
+    return rank - 2 if held else None
+
+
+def _of_reshape(node: fx.Node, axis: int) -> int | None:
+    """Row-major: the axis that has the same size behind the same number of entries."""
+    old, new = ([sym(d) for d in value.shape] for value in (arguments(node)[0].meta["val"], node.meta["val"]))
+    for k, size in enumerate(new):
+        if size == old[axis] and _product(new[:k]) == _product(old[:axis]):
+            return k
+    return None
+
+
+def _product(sizes: list[Any]) -> Any:
+    found: Any = 1
+    for size in sizes:
+        found = found * size
+    return found
