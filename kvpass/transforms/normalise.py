@@ -106,26 +106,27 @@ def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
 
 
 def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
-    """``split`` and a ``getitem`` become a ``slice``; ``unbind`` and a ``getitem`` a ``select``."""
+    """``split`` and a ``getitem`` become a ``slice``, or nothing; ``unbind`` and a ``getitem`` a ``select``."""
     sizes: list[Any]
     if unbind:
         axis, sizes = dim_of(node, 1), []
     else:
         axis, sizes = _pieces_of_split(node)
-        if not all(isinstance(size, int) for size in sizes):
-            return
+    if any(user.target is not operator.getitem for user in node.users):
+        return
+    if len(sizes) > 1 and not all(isinstance(size, int) for size in sizes):
+        return
+    x = arguments(node)[0]
     for user in list(node.users):
-        if user.target is not operator.getitem:
-            return
-    for user in list(node.users):
-        k = arguments(user)[1]
-        with graph.inserting_before(user):
-            if unbind:
-                new = graph.call_function(aten.select.int, (arguments(node)[0], axis, k))
-            else:
-                start = sum(sizes[:k])
-                new = graph.call_function(aten.slice.Tensor, (arguments(node)[0], axis, start, start + sizes[k]))
-        new.meta = {**node.meta, **user.meta}
+        k, new = arguments(user)[1], x
+        if len(sizes) != 1:
+            with graph.inserting_before(user):
+                if unbind:
+                    new = graph.call_function(aten.select.int, (x, axis, k))
+                else:
+                    start = sum(sizes[:k])
+                    new = graph.call_function(aten.slice.Tensor, (x, axis, start, start + sizes[k]))
+            new.meta = {**node.meta, **user.meta}
         user.replace_all_uses_with(new)
         graph.erase_node(user)
     graph.erase_node(node)
