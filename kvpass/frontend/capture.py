@@ -19,6 +19,7 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
+from kvpass.transforms.behind import turned
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
@@ -248,13 +249,15 @@ def _described(
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
+    turned(module.graph, seq)
     env = _environment(fakes)
     guards = tuple(guard.expr for guard in env.guards if guard.expr.free_symbols == {seq}) if env is not None else ()
     return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq), guards=guards)
 
 
 def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
-    """How many entries the first join of something and all rows puts before them. Scores have rows on two axes."""
+    """The most entries that a join of something and all rows puts before them. Scores have rows on two axes."""
+    found: sympy.Expr = sympy.Integer(0)
     for node in module.graph.nodes:
         if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
             continue
@@ -262,9 +265,9 @@ def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
         sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
         before = sympy.Add(*sizes[:-1])
         growing = [size for size in arguments(node)[0][-1].meta["val"].shape if sym(size).has(seq)]
-        if sizes[-1] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
-            return before
-    return sympy.Integer(0)
+        if sizes[-1] == seq and len(growing) == 1 and not before.has(seq) and (before - found).is_positive:
+            found = before
+    return found
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

@@ -14,21 +14,11 @@ from kvpass.analysis.table import RULES
 
 aten = torch.ops.aten
 
-_ALONG = {
-    aten.slice.Tensor: 1,
-    aten.select.int: 1,
-    aten.softmax.int: 1,
-    aten._softmax.default: 1,
-    aten._safe_softmax.default: 1,
-    aten.sum.dim_IntList: 1,
-    aten.mean.dim: 1,
-    aten.amax.default: 1,
-    aten.amin.default: 1,
-    aten.logsumexp.default: 1,
-}
-"""Ops along one axis or several, and which argument says so."""
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default)
+"""Ops along the axes that their second argument says."""
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
-_JOINS = (aten.cat.default, aten.concat.default)
+JOINS = (aten.cat.default, aten.concat.default)
 
 
 def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
@@ -47,7 +37,9 @@ def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
         return _aligned(tensors, axes, rank)
     if target in (aten.matmul.default, aten.bmm.default):
         return _of_product(args[0], args[1], axes, rank)
-    if target in _JOINS:
+    if target is aten.baddbmm.default:
+        return _of_biased(args[0], args[1], args[2], axes, rank)
+    if target in JOINS:
         found = {axes.get(a) for a in tensors}
         axis = found.pop()
         return axis if not found and axis is not None and dim_of(node, 1) % rank != axis else None
@@ -60,8 +52,8 @@ def _of_one(node: fx.Node, axis: int, rank: int) -> int | None:
     """Of an op on one tensor of rows, whose other operands are weights."""
     target, args = node.target, arguments(node)
     before: int = args[0].meta["val"].dim()
-    if target in _ALONG:
-        given = args[_ALONG[target]]
+    if target in (*SOFTMAX, *REDUCTIONS, aten.slice.Tensor, aten.select.int):
+        given = args[1]
         dims = {int(d) % before for d in (given if isinstance(given, (list, tuple)) else [given])}
         return None if axis in dims else axis - (0 if rank == before else sum(d < axis for d in dims))
     if target is aten.linear.default:
@@ -123,6 +115,16 @@ def _of_product(left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank
             return None
     both = axes.keys() >= {left, right}
     return None if both and axis >= rank - 2 else axis
+
+
+def _of_biased(bias: fx.Node, left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
+    """``bias + left @ right``: the bias has the axis, too, or one entry there."""
+    axis = _of_product(left, right, {a: k for a, k in axes.items() if a is not bias}, rank)
+    if axis is None or bias in (left, right):
+        return None
+    place = axis - rank + int(bias.meta["val"].dim())
+    held = axes[bias] == place if bias in axes else place < 0 or bias.meta["val"].shape[place] == 1
+    return axis if held else None
 
 
 def _of_attention(node: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:

@@ -43,7 +43,8 @@ def _attended(b: Builder, match: Recognised, query: fx.Node) -> fx.Node:
     """``[B, H, N, D]``, by a kernel or by the reference."""
     # Queries of the context have no first new row, and depend on nothing that grows.
     rows = [b.analyzed.fact(match.query.node).atoms[k] for k in match.query.row]
-    start = b.start if any(atom.kind is Kind.SEQ for atom in rows) else 0
+    first = [b.lead + atom.start + b.span(atom, False)[0] for atom in rows if atom.kind is Kind.SEQ]
+    start = b.number(first[0]) if first else 0
     made = _lowered(b, match, query, start)
     return _referred(b, match, query, start) if made is None else made
 
@@ -179,9 +180,10 @@ def _visible(b: Builder, match: Recognised, start: Any) -> fx.Node | None:
     if support == sympy.true:
         return None
     leaves = [load for load in match.loads if load.axes is None]
-    queries, keys = (
-        _lengths(b, b.analyzed.fact(side.node), _all(b, side), side.row) for side in (match.query, match.key)
-    )
+    fact = b.analyzed.fact(match.query.node)
+    before = [b.lead + fact.atoms[k].start for k in match.query.row if fact.atoms[k].kind is Kind.SEQ]
+    queries = b.number(sympy.Add(*before, *(fact.atoms[k].size for k in match.query.row)))
+    keys = _lengths(b, b.analyzed.fact(match.key.node), _all(b, match.key), match.key.row)
     key = (support, match.spec.heads if support.has(H) else 0, start, queries, keys)
     if key not in b.masks:
         loads = tuple(_load(b, load) for load in leaves)

@@ -15,11 +15,10 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import RESHAPES, axis_of
+from kvpass.transforms.alike import JOINS, RESHAPES, axis_of
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
-_JOINS = (aten.cat.default, aten.concat.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 Nodes: TypeAlias = tuple[fx.Node, ...]
@@ -30,7 +29,7 @@ Twin: TypeAlias = tuple[fx.Node, int | None]
 def at_once(graph: fx.Graph) -> None:
     """Replace every join of blocks along an axis of unknown length that are the same function of their part."""
     for node in list(graph.nodes):
-        if node.target in _JOINS and len(arguments(node)[0]) > 1:
+        if node.target in JOINS and len(arguments(node)[0]) > 1:
             axis = dim_of(node, 1) % node.meta["val"].dim()
             pieces = tuple(arguments(node)[0])
             sizes = [piece.meta["val"].shape[axis] for piece in pieces]

@@ -104,19 +104,19 @@ def _mask(
     fact = analyzed.fact(mask)
     letters = _letters(fact, analyzed.fact(node), analyzed.steps[node].links[3])
     if fact.dtype is torch.bool:
-        return sympy.And(support, predicate(analyzed, fact.expr, letters, loads)), SCORE
+        return sympy.And(support, predicate(analyzed, fact, fact.expr, letters, loads)), SCORE
     added: Any = sympy.Integer(0)
     kept, fill = sympy.true, fact.fill
     numbers = hides_all(fact) and of_context
     if (known := only_fill(fact)) is not None and not numbers:
-        kept = predicate(analyzed, known, letters, loads)
-    elif (value := closed(fact, letters)) is not None and not numbers:
+        kept = predicate(analyzed, fact, known, letters, loads)
+    elif (value := closed(analyzed, fact, letters)) is not None and not numbers:
         added, kept, fill = without_fill(value)
     else:
         if (
             fill in (Fill.NEG_INF, Fill.NEG) and not numbers
         ):  # it stands in the load as well, so a row that it empties may keep it
-            inside = predicate(analyzed, fact.support, letters, loads)
+            inside = predicate(analyzed, fact, fact.support, letters, loads)
             kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside) else kept
         load = Load(f"load_{mask.name}", mask, letters)
         loads.append(load)

@@ -13,7 +13,7 @@ from sympy import Piecewise
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify
+from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify, substitute
 from kvpass.analysis.facts import Fact, Fill, Kind, index
 from kvpass.analysis.sweep import Analyzed, arguments
 from kvpass.analysis.table import support_of
@@ -117,12 +117,20 @@ def only_fill(fact: Fact, sign: int = 1) -> Any:
     return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
 
 
-def closed(fact: Fact, letters: Sequence[str | None]) -> Any:
+def _places(analyzed: Analyzed, fact: Fact, letters: Sequence[str | None]) -> dict[sympy.Symbol, sympy.Expr]:
+    """Every index over ``b h i j``, which count rows from the first one of what stands before the text."""
+    found: dict[sympy.Symbol, sympy.Expr] = {}
+    for k, letter in enumerate(letters):
+        atom, place = fact.atoms[k], {"b": B, "h": H, "i": I, "j": J}[str(letter)]
+        found[index(k)] = place - analyzed.captured.lead - atom.start if atom.kind is Kind.SEQ else place
+    return found
+
+
+def closed(analyzed: Analyzed, fact: Fact, letters: Sequence[str | None]) -> Any:
     """A function of indices alone, over ``b h i j``: part of the score, and nothing is read. None for anything else."""
     if fact.expr is None or fact.expr.atoms(AppliedUndef) or letters.count("h") > 1:
         return None
-    symbols = {index(k): {"b": B, "h": H, "i": I, "j": J}[str(letter)] for k, letter in enumerate(letters)}
-    value = number(fact.expr).xreplace(symbols)
+    value = number(fact.expr).xreplace(_places(analyzed, fact, letters))
     return value if value.free_symbols <= {B, H, I, J} and sympy.count_ops(value) <= _LONGEST else None
 
 
@@ -151,12 +159,11 @@ def inside(score: Any, support: Any) -> Any:
     return score
 
 
-def predicate(analyzed: Analyzed, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:
+def predicate(analyzed: Analyzed, fact: Fact, expr: Any, letters: tuple[str, ...], loads: list[Load]) -> Any:
     """A predicate over a mask's atoms as one over ``b h i j``; leaf functions become loads."""
     if expr is None:
         raise NotRecognised("a mask without a closed form")
-    names = {"b": B, "h": H, "i": I, "j": J}
-    expr = expr.xreplace({index(k): names[letter] for k, letter in enumerate(letters)})
+    expr = substitute(expr, _places(analyzed, fact, letters))
     for leaf in sorted(expr.atoms(AppliedUndef), key=str):
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
@@ -304,11 +311,14 @@ class Parts:
     result: Side
 
     def _counted(self, fact: Fact, side: Side) -> bool:
-        """True where entry ``k`` is what ``i`` or ``j`` is for: row ``k``, or the ``k``-th of the context."""
+        """True where entry ``k`` is what ``i`` or ``j`` is for: row ``k``, or the ``k``-th of the context.
+
+        Only keys and values may have something before the first row.
+        """
         rows = [fact.atoms[k] for k in side.row]
-        captured = self.analyzed.captured
-        whole = (-captured.lead, captured.seq + captured.lead)
-        return len(rows) == 1 and (rows[0].kind is Kind.FREE or (rows[0].start, rows[0].size) == whole)
+        lead, seq = self.analyzed.captured.lead, self.analyzed.captured.seq
+        tables = [(-lead, seq + lead)] + [(sympy.S.Zero, seq)] * (side is self.query and lead.is_number)
+        return len(rows) == 1 and (rows[0].kind is Kind.FREE or (rows[0].start, rows[0].size) in tables)
 
     def finish(
         self,

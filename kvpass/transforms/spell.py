@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -21,7 +22,8 @@ def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any,
 
     given, named = fx.map_arg(args, value), fx.map_arg(kwargs, value)
     fakes = (leaf.fake_mode for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, FakeTensor))
-    with next(fakes, nullcontext()):  # some ops make tensors of their own on the way
+    # Some ops make tensors of their own on the way; in C++ some make numbers of symbolic sizes.
+    with next(fakes, nullcontext()), enable_python_dispatcher():
         node.meta = {**like.meta, "val": target(*given, **named)}
     return node
 

@@ -151,7 +151,7 @@ class _Walk:
             del atom
         by_head = [place for place, x in zip(composed, letters, strict=True) if x == "h" and place is not None]
         self.by_head += [by_head] if by_head else []
-        known = closed(fact, letters)
+        known = closed(self.analyzed, fact, letters)
         if known is not None:
             return known
         load = Load(f"load_{node.name}", node, tuple(map(str, letters)))
@@ -180,7 +180,7 @@ class _Walk:
         heads = [k for k, name in enumerate(letters) if name == "h" and index(k) in fact.support.free_symbols]
         if heads and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
             raise NotRecognised("the mask differs by head")
-        support = predicate(self.analyzed, fact.support, letters, self.loads)
+        support = predicate(self.analyzed, fact, fact.support, letters, self.loads)
         if fact.fill is Fill.NEG and emptied_by_index(support):
             raise NotRecognised("a finite fill empties a row")
         return support

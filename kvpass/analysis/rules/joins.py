@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, compare, join, number, simplify
+from kvpass.analysis.expressions import Value, boolean, branches, compare, join, number, simplify
 from kvpass.analysis.facts import ZERO, Atom, Expr, Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
 from kvpass.analysis.table import Op, Out, expression, rule
@@ -99,7 +100,7 @@ def moves_with_the_length(op: Op, parts: Parts, first: Expr) -> None:
 
 def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], place: sympy.Symbol) -> Value | None:
     """The closed form of a concatenation, where every piece has one."""
-    branches = []
+    parts: list[tuple[Value, Any]] = []
     for k, (x, offset) in enumerate(zip(pieces, offsets, strict=True)):
         value = expression(x, op.scope)
         if value is None or len(x.dims[axis]) > 1:
@@ -107,5 +108,10 @@ def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], pl
         here = {symbol(label): place - offset for label in x.dims[axis]}
         value = number(value).xreplace(here)
         last = compare("lt", place, offsets[k + 1]) if k + 1 < len(offsets) else sympy.true
-        branches.append((value, simplify(sympy.And(compare("ge", place, offset), last))))
-    return join(branches) if len(branches) <= 8 else None
+        inside = sympy.And(compare("ge", place, offset), last)
+        parts += [(val, simplify(sympy.And(inside, cond))) for val, cond in branches(value)]
+    if len(parts) > 8:
+        return None
+    if op.dtypes[0] is torch.bool:
+        return simplify(sympy.Or(*(sympy.And(boolean(value), cond) for value, cond in parts)))
+    return join(parts)

@@ -1,0 +1,176 @@
+"""Keys and values that are no rows, in one softmax with those of the rows: before them, behind them, of an encoder."""
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+import kvpass
+from kvpass.frontend.api import recording
+from tests.coverage import VOCAB, Decoder, build
+from tests.coverage.base import DEPTH, HEADS, NEG_INF, SIZE
+from tests.property.oracle import check_same
+
+MEMORY = 3
+
+
+class Memory(Decoder):
+    """Learnt keys and values in each layer (prefix tuning), before those of the rows."""
+
+    layers = 2
+    behind = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.randn(self.layers, 2, HEADS, MEMORY, DEPTH))
+
+    def remembered(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        """`[2, B, HEADS, M, DEPTH]`"""
+        return self.memory[layer, :, None].expand(-1, x.shape[0], -1, -1, -1)
+
+    def joined(self, rows: Tensor, memory: Tensor, axis: int) -> Tensor:
+        return torch.cat([rows, memory] if self.behind else [memory, rows], axis)
+
+    def mask(self, x: Tensor, memory: Tensor) -> Tensor:
+        s = x.shape[1]
+        seen = torch.ones(s, s, dtype=torch.bool).tril()
+        return self.joined(seen, torch.ones(s, memory.shape[3], dtype=torch.bool), 1)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        memory = self.remembered(x, layer, *more)
+        k, v = self.joined(k, memory[0], 2), self.joined(v, memory[1], 2)
+        return self.merge(self.attend(q, k, v, self.mask(x, memory)), layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Behind(Memory):
+    behind = True
+
+
+class Padded(Memory):
+    """The mask is padded; scores by hand."""
+
+    def mask(self, x: Tensor, memory: Tensor) -> Tensor:
+        s = x.shape[1]
+        beside = (0, memory.shape[3]) if self.behind else (memory.shape[3], 0)
+        return pad(torch.full((s, s), NEG_INF).triu(1), beside)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v
+
+
+class PaddedBehind(Padded):
+    behind = True
+
+
+class Window(Behind):
+    """The memory is always seen, of the rows the last four."""
+
+    def mask(self, x: Tensor, memory: Tensor) -> Tensor:
+        s = x.shape[1]
+        seen = torch.ones(s, s, dtype=torch.bool).tril().triu(-3)
+        return torch.cat([seen, torch.ones(s, memory.shape[3], dtype=torch.bool)], 1)
+
+
+class Encoded(Behind):
+    """The caller gives what is remembered: keys of an encoder in the softmax of the text."""
+
+    def remembered(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        return torch.stack([more[0] * self.memory[layer, k] for k in range(2)])
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        first = torch.Generator().manual_seed(int(ids[0, 0]))
+        return (torch.randn(ids.shape[0], HEADS, MEMORY, DEPTH, generator=first),)
+
+
+class Module(Decoder):
+    """`nn.MultiheadAttention` with a learnt key and value behind the rows."""
+
+    options: ClassVar[dict[str, bool]] = {"add_bias_kv": True}
+    weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(SIZE, HEADS, batch_first=True, **self.options)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        s = x.shape[1]
+        hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
+        y: Tensor = self.attention(x, x, x, attn_mask=hidden, need_weights=self.weights)[0]
+        return y
+
+
+class ModuleWeights(Module):
+    weights = True
+
+
+class ModuleZero(Module):
+    options: ClassVar[dict[str, bool]] = {"add_zero_attn": True}
+
+
+class Crossed(Behind):
+    """A fault: values are joined in the other order."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        memory = self.remembered(x, layer)
+        k, v = torch.cat([k, memory[0]], 2), torch.cat([memory[1], v], 2)
+        return self.merge(self.attend(q, k, v, self.mask(x, memory)), layer)
+
+
+class OfTheRows(Behind):
+    """A fault: what is remembered is a mean of all rows."""
+
+    def remembered(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        return super().remembered(x, layer) * x.mean((1, 2))[None, :, None, None, None]
+
+
+class Counted(Behind):
+    """A fault: a bias that counts the keys through, memory and rows, from the last one."""
+
+    def mask(self, x: Tensor, memory: Tensor) -> Tensor:
+        seen = super().mask(x, memory)
+        return torch.where(seen, -torch.arange(seen.shape[1]).float().flip(0), NEG_INF)
+
+
+def texts(rows: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (2, rows), generator=torch.Generator().manual_seed(seed))
+
+
+def reported(kind: type[Decoder]) -> tuple[kvpass.Report, kvpass.Cache]:
+    """Rows that grow one by one and in steps, become fewer, branch, and are another text's; without `verify`."""
+    torch._dynamo.reset()
+    model = build(kind)
+    cache = kvpass.Cache(capacity="8MiB", page_size=4, poison=True)
+    fast = kvpass.compile(model, cache=cache, verify=False)
+    ids = texts(20)
+    branched = ids.clone()
+    branched[:, 5] = (branched[:, 5] + 1) % VOCAB
+    with torch.no_grad(), recording() as found:
+        for text in (ids[:, :9], ids[:, :10], ids[:, :14], ids[:, :6], branched[:, :12], ids, texts(13, seed=1)):
+            check_same(fast, model, [text, *model.arguments(text)])
+    return kvpass.Report.of(found), cache
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Module, ModuleWeights, ModuleZero],
+    ids=lambda kind: kind.__name__,
+)
+def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
+    report, cache = reported(kind)
+    assert report.proven, str(report)
+    assert [a.lowering[:3] for a in report.attention] == ["C++"] * kind.layers * report.graphs, str(report)
+    assert cache.stats().rows_reused > 0
+
+
+@pytest.mark.parametrize("kind", [Crossed, OfTheRows, Counted], ids=lambda kind: kind.__name__)
+def test_a_fault_is_refused(kind: type[Decoder]) -> None:
+    report, cache = reported(kind)
+    assert not report.proven
+    assert cache.stats().rows_reused == 0
