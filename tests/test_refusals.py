@@ -183,7 +183,7 @@ def test_a_capture_that_fails_inside_of_a_vmap() -> None:
     """It is left again: whatever runs next would else run inside of it, and Dynamo's guards fail at once."""
 
     def running(model: Model, x: Tensor) -> Tensor:
-        return torch.vmap(lambda text: text.cumsum(0) * text)(x)
+        return torch.vmap(lambda text: text.cumsum(0) * torch.tensor([0.5, 1, 2, 3, 4, 5, 6, 7]))(x)
 
     model = Model(running)
     fast = torch.compile(model, backend="kvpass")
@@ -191,6 +191,14 @@ def test_a_capture_that_fails_inside_of_a_vmap() -> None:
         torch.testing.assert_close(fast(ids(rows=rows)), model(ids(rows=rows)))
     torch._dynamo.reset()
     assert code_of(model, ids()) == "KV109"
+
+
+def test_a_branch_that_is_taken_in_the_graph() -> None:
+    def either(model: Model, x: Tensor) -> Tensor:
+        answer: Tensor = torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+        return answer
+
+    assert code_of(Model(either), ids()) == "KV201"
 
 
 def test_a_wrong_rewriting(monkeypatch: pytest.MonkeyPatch) -> None:

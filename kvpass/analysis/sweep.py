@@ -185,6 +185,8 @@ def _step(
         return _source(node, given.role, _input_fact(node, given, captured), repeats)
     if node.op == "get_attr":
         tensor = attribute(captured.module, str(node.target))
+        if not isinstance(tensor, torch.Tensor):
+            return None
         return _source(node, Role.CONSTANT, _lifted_fact(node, tensor), repeats)
     if node.op == "output" or not _tensors(node):
         return None
@@ -198,11 +200,11 @@ def _source(node: fx.Node, role: Role, fact: Fact, repeats: Repeats) -> Step:
     return repeats.step(node, (role, fact), (), lambda: Step((fact,)))
 
 
-def attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
-    """The tensor that a ``get_attr`` node names."""
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """The tensor, or the function, that a ``get_attr`` node names."""
     for name in path.split("."):
         module = getattr(module, name)
-    return module  # type: ignore[return-value]
+    return module
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -338,7 +340,7 @@ def _call(node: fx.Node, steps: Mapping[fx.Node, Step], axes: Axes, repeats: Rep
             if arg in steps:
                 operands.append(arg)
                 return steps[arg].fact
-            return sym(arg.meta["val"])
+            return sym(arg.meta["val"]) if "val" in arg.meta else arg.name  # a branch of `torch.cond` has none
         if isinstance(arg, (list, tuple)):
             return type(arg)(given(a) for a in arg)
         return sym(arg) if isinstance(arg, torch.SymInt) else arg

@@ -14,9 +14,15 @@ from torch._functorch import predispatch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kvpass import errors
+
 
 def unmapped(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph without `vmap`; itself where there is none."""
+    """The same graph without `vmap`; itself where there is none.
+
+    Raises:
+        CaptureFailed: what stands between entering and leaving cannot be traced.
+    """
     mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := _value(n), FakeTensor)), None)
     if mode is None or not regions(gm.graph):
         return gm
@@ -59,8 +65,14 @@ def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: Fak
             copies[node] = piece.node_copy(node, copies.__getitem__)
     piece.output(tuple(copies[node] for node in read))
     run = fx.Interpreter(fx.GraphModule(gm, piece)).run
-    with mode, torch.no_grad():
-        traced = make_fx(run)(*(_value(node) for node in given))
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        with mode, torch.no_grad():
+            traced = make_fx(run)(*(_value(node) for node in given))
+    except Exception as error:
+        # An error between entering and leaving leaves the `vmap` open.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
     if any(node.op == "get_attr" for node in traced.graph.nodes):
         return
     places = traced.graph.find_nodes(op="placeholder")
