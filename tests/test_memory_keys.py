@@ -88,6 +88,15 @@ class Encoded(Behind):
         return (torch.randn(ids.shape[0], HEADS, MEMORY, DEPTH, generator=first),)
 
 
+class Convolved(Memory):
+    """Before it rows are padded by a join as well, by another number: of the two only the keys hold rows."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = self.embed(ids)
+        padded = torch.cat([x.new_zeros(x.shape[0], 2, SIZE), x], 1)
+        return x + padded[:, 1:-1] / 2 - padded[:, :-2] / 3
+
+
 class Module(Decoder):
     """`nn.MultiheadAttention` with a learnt key and value behind the rows."""
 
@@ -121,6 +130,15 @@ class Crossed(Behind):
         memory = self.remembered(x, layer)
         k, v = torch.cat([k, memory[0]], 2), torch.cat([memory[1], v], 2)
         return self.merge(self.attend(q, k, v, self.mask(x, memory)), layer)
+
+
+class Itself(Behind):
+    """A fault: queries are joined like the keys, and what is behind the rows answers, too."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        joined = self.joined(self.project(x, layer)[1], self.remembered(x, layer)[0], 2)
+        y = scaled_dot_product_attention(joined, joined, joined)
+        return self.merge(y.sum(2, keepdim=True).expand(-1, -1, x.shape[1], -1), layer)
 
 
 class OfTheRows(Behind):
@@ -159,7 +177,7 @@ def reported(kind: type[Decoder]) -> tuple[kvpass.Report, kvpass.Cache]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Module, ModuleWeights, ModuleZero],
+    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Convolved, Module, ModuleWeights, ModuleZero],
     ids=lambda kind: kind.__name__,
 )
 def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
@@ -169,7 +187,7 @@ def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
     assert cache.stats().rows_reused > 0
 
 
-@pytest.mark.parametrize("kind", [Crossed, OfTheRows, Counted], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Crossed, Itself, OfTheRows, Counted], ids=lambda kind: kind.__name__)
 def test_a_fault_is_refused(kind: type[Decoder]) -> None:
     report, cache = reported(kind)
     assert not report.proven

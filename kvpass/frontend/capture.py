@@ -28,9 +28,11 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
 
 
 def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
-    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow.
+    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow, and
+    for each number of entries that may stand before the rows on one axis with them.
 
-    A model of an encoder and a decoder has two such axes. The proof says which of them is a sequence.
+    A model of an encoder and a decoder has two such axes, and what stands before the rows may be a prefix, or the
+    padding of a convolution. The proof says which of them it is.
 
     Args:
         gm: Dynamo's graph; its placeholders carry fake tensors and sources.
@@ -58,7 +60,11 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
         except errors.Refusal as refusal:
             refused.append(refusal)
             continue
-        yield replace(described, scalars=scalars)
+        first, *others = _leads(described.module, seq)
+        yield replace(described, scalars=scalars, lead=first)
+        for lead in others:
+            described = _described(_copied(module), places, fakes, real, constant, seq)
+            yield replace(described, scalars=scalars, lead=lead)
     if len(refused) == len(growing):
         raise refused[0]
 
@@ -252,12 +258,12 @@ def _described(
     turned(module.graph, seq)
     env = _environment(fakes)
     guards = tuple(guard.expr for guard in env.guards if guard.expr.free_symbols == {seq}) if env is not None else ()
-    return Captured(module, tuple(inputs), seq, batch, constants, lead=_lead(module, seq), guards=guards)
+    return Captured(module, tuple(inputs), seq, batch, constants, guards=guards)
 
 
-def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
-    """The most entries that a join of something and all rows puts before them. Scores have rows on two axes."""
-    found: sympy.Expr = sympy.Integer(0)
+def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:
+    """How many entries joins of something and all rows put before them, and none. Scores have rows on two axes."""
+    found: list[sympy.Expr] = []
     for node in module.graph.nodes:
         if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
             continue
@@ -265,9 +271,9 @@ def _lead(module: fx.GraphModule, seq: sympy.Symbol) -> sympy.Expr:
         sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
         before = sympy.Add(*sizes[:-1])
         growing = [size for size in arguments(node)[0][-1].meta["val"].shape if sym(size).has(seq)]
-        if sizes[-1] == seq and len(growing) == 1 and not before.has(seq) and (before - found).is_positive:
-            found = before
-    return found
+        if sizes[-1] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
+            found.append(before)
+    return list(dict.fromkeys([*found, sympy.Integer(0)]))
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

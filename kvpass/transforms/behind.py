@@ -137,7 +137,7 @@ class _Turned:
         if node.target in REDUCTIONS:
             over = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
             return {int(d) % dims[args[0]] for d in over} == {axes[args[0]]}
-        if node.target in (aten.matmul.default, aten.bmm.default) and min(dims.values()) > 1:
+        if node.target in (aten.matmul.default, aten.bmm.default) and min(dims.values()) > 1 and len(dims) == 2:
             return axes == {args[0]: dims[args[0]] - 1, args[1]: dims[args[1]] - 2}
         if node.target is aten.scaled_dot_product_attention.default:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -146,7 +146,8 @@ class _Turned:
             want = {given[name]: dims[given[name]] - 2 for name in ("key", "value")}
             if mask is not None and (mask in axes or mask.meta["val"].shape[-1] != 1):
                 want[mask] = dims[mask] - 1
-            return axes == want and not given.get("is_causal", False) and given.get("dropout_p", 0.0) == 0
+            ordered = given["query"] in axes or given.get("is_causal", False)
+            return axes == want and not ordered and given.get("dropout_p", 0.0) == 0
         return False
 
 
