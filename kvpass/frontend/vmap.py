@@ -79,7 +79,7 @@ def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: Fak
     with graph.inserting_before(region[-1].next):
         made: Any = graph.graph_copy(traced.graph, copied := dict(zip(places, given, strict=True)))
     for node in copied.keys() - places:
-        copied[node].meta["stack_trace"] = read[0].meta.get("stack_trace")
+        copied[node].meta["stack_trace"] = region[0].meta.get("stack_trace")
     for old, new in zip(read, made, strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
         new.meta["example_value"] = _value(old)

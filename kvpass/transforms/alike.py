@@ -48,13 +48,21 @@ def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
     return _of_one(node, axes[args[0]], rank) if set(axes) == {args[0]} else None
 
 
+def told_axes(node: fx.Node) -> set[int]:
+    """The axes that an op is told, as its second argument or by name; all of them where it is told none."""
+    args, rank = arguments(node), int(arguments(node)[0].meta["val"].dim())
+    first = 0 if node.target is aten.slice.Tensor else None
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", first)
+    dims = given if isinstance(given, (list, tuple)) else [given]
+    return set(range(rank)) if not dims or None in dims else {int(d) % rank for d in dims}
+
+
 def _of_one(node: fx.Node, axis: int, rank: int) -> int | None:
     """Of an op on one tensor of rows, whose other operands are weights."""
     target, args = node.target, arguments(node)
     before: int = args[0].meta["val"].dim()
     if target in (*SOFTMAX, *REDUCTIONS, aten.slice.Tensor, aten.select.int):
-        given = args[1]
-        dims = {int(d) % before for d in (given if isinstance(given, (list, tuple)) else [given])}
+        dims = told_axes(node)
         return None if axis in dims else axis - (0 if rank == before else sum(d < axis for d in dims))
     if target is aten.linear.default:
         return axis if axis < before - 1 else None
@@ -129,14 +137,12 @@ def _of_biased(bias: fx.Node, left: fx.Node, right: fx.Node, axes: Mapping[fx.No
 
 def _of_attention(node: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
     """Queries; a mask has them, too, or is the same for all of them."""
-    query, *rest = node.all_input_nodes
-    given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), arguments(node)[3:], strict=False))
-    mask = given.get("mask", node.kwargs.get("attn_mask"))
-    dropout = given.get("dropout", node.kwargs.get("dropout_p", 0.0))
-    causal = given.get("causal", node.kwargs.get("is_causal", False))  # counts from the first of the queries
-    if axes.get(query) != rank - 2 or causal or dropout != 0:
+    query, key, value, *more = arguments(node)
+    given: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), more, strict=False)) | dict(node.kwargs)
+    mask = given.get("attn_mask")
+    if axes.get(query) != rank - 2 or key in axes or value in axes:
         return None
-    if any(a in axes for a in rest if a is not mask):
+    if given.get("is_causal", False) or given.get("dropout_p", 0.0) != 0:  # causal: from the first of these queries on
         return None
     if mask is None:
         return rank - 2

@@ -18,13 +18,12 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import JOINS, REDUCTIONS, SOFTMAX, axis_of
+from kvpass.transforms.alike import JOINS, REDUCTIONS, SOFTMAX, axis_of, told_axes
+from kvpass.transforms.normalise import is_identity
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
 _PADS = (aten.constant_pad_nd.default, aten.pad.default)
-_LAST = 2**63 - 1
-_SAME = (aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default)
 
 
 def turned(graph: fx.Graph, rows: sympy.Symbol) -> None:
@@ -37,7 +36,7 @@ def turned(graph: fx.Graph, rows: sympy.Symbol) -> None:
     if all(found.understood(node) for node in list(graph.nodes)):
         for node, twin in found.forgotten.items():
             node.replace_all_uses_with(twin)
-        graph.eliminate_dead_code()
+    graph.eliminate_dead_code()
 
 
 @dataclass
@@ -66,13 +65,8 @@ class _Turned:
         if self._summed(node, axes):
             self.forgotten[node] = self._with_twins(node)
             return True
-        x, args = arguments(node)[0], arguments(node)
-        if node.target in SOFTMAX and args[1] % x.meta["val"].dim() == axes[x]:
-            axis: int | None = axes[x]
-        elif node.target in _SAME or _keeps_all(node):
-            axis = axes[x]
-        else:
-            axis = axis_of(node, axes)
+        along = node.target in SOFTMAX and told_axes(node) == set(axes.values())
+        axis = next(iter(axes.values())) if along or is_identity(node) else axis_of(node, axes)
         if axis is not None:
             self.twins[node] = self._with_twins(node), axis
         return axis is not None
@@ -90,7 +84,7 @@ class _Turned:
         args, last = arguments(node), node.meta["val"].dim() - 1
         if node.target in JOINS and len(args[0]) > 1:
             return self._behind(node, args[0][0], list(args[0][1:]), dim_of(node, 1) % (last + 1), axes)
-        if node.target not in _PADS or _filled(node) is None:
+        if node.target not in _PADS or _filled(node) is None or not args[1]:
             return False
         x, (before, after, *others) = args[:2]
         pairs = sum(sym(size) == self.rows for size in x.meta["val"].shape) + len(axes) > 1
@@ -135,8 +129,7 @@ class _Turned:
         args = arguments(node)
         dims = {a: a.meta["val"].dim() for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)}
         if node.target in REDUCTIONS:
-            over = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
-            return {int(d) % dims[args[0]] for d in over} == {axes[args[0]]}
+            return told_axes(node) == {axes[args[0]]}
         if node.target in (aten.matmul.default, aten.bmm.default) and min(dims.values()) > 1 and len(dims) == 2:
             return axes == {args[0]: dims[args[0]] - 1, args[1]: dims[args[1]] - 2}
         if node.target is aten.scaled_dot_product_attention.default:
@@ -149,12 +142,6 @@ class _Turned:
             ordered = given["query"] in axes or given.get("is_causal", False)
             return axes == want and not ordered and given.get("dropout_p", 0.0) == 0
         return False
-
-
-def _keeps_all(node: fx.Node) -> bool:
-    """``x[:]``"""
-    args = arguments(node)
-    return node.target is aten.slice.Tensor and [a for a in args[2:] if a is not None] in ([], [0], [0, _LAST])
 
 
 def _filled(node: fx.Node) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.alike import JOINS, RESHAPES, axis_of
@@ -96,9 +97,10 @@ class _Blocks:
             return None
         axes: dict[fx.Node, int] = {}
         twins: dict[fx.Node, fx.Node] = {}
-        for operands in zip(*(node.all_input_nodes for node in nodes), strict=False):
-            if not isinstance(operands[0].meta.get("val"), torch.Tensor):
-                continue
+        columns = [_operands(node) for node in nodes]
+        if any(len(column) != len(columns[0]) for column in columns):
+            return None
+        for operands in zip(*columns, strict=True):
             found = self.twin(operands)
             if found is None or twins.setdefault(operands[0], found[0]) is not found[0]:
                 return None
@@ -136,12 +138,18 @@ class _Blocks:
         return x, [-1 if k == axis else size for k, size in enumerate(value.shape)]
 
 
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an op is given, place by place: one that it is given twice is there twice."""
+    leaves = pytree.tree_leaves((node.args, dict(sorted(node.kwargs.items()))))
+    return [a for a in leaves if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
+
+
 def _size(given: Any) -> Any:
     return sym(given.meta["val"]) if isinstance(given, fx.Node) else given
 
 
 def _told_all(node: fx.Node) -> list[Any]:
-    return _told(arguments(node)) + _told(list(node.kwargs.values()))
+    return _told(arguments(node)) + _told([value for _, value in sorted(node.kwargs.items())])
 
 
 def _equal(values: Iterable[Any]) -> bool:

@@ -50,7 +50,7 @@ def normalise(captured: Captured) -> None:
             continue
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
-        elif _is_identity(node):
+        elif is_identity(node):
             node.replace_all_uses_with(arguments(node)[0])
             graph.erase_node(node)
         elif node.target in _VIEWS:
@@ -74,7 +74,8 @@ def normalise(captured: Captured) -> None:
     module.recompile()
 
 
-def _is_identity(node: fx.Node) -> bool:
+def is_identity(node: fx.Node) -> bool:
+    """Whether an op returns its first argument, or a copy of it."""
     if node.target in _IDENTITIES:
         return True
     if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
