@@ -97,6 +97,17 @@ class Convolved(Memory):
         return x + padded[:, 1:-1] / 2 - padded[:, :-2] / 3
 
 
+class Zero(Memory):
+    """Keys and values are padded with a row of zeros, which every row sees."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        s = x.shape[1]
+        hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
+        k, v, hidden = pad(k, (0, 0, 1, 0)), pad(v, (0, 0, 1, 0)), pad(hidden, (1, 0), value=False)
+        return self.merge((q @ k.mT * DEPTH**-0.5).masked_fill(hidden, NEG_INF).softmax(-1) @ v, layer)
+
+
 class Module(Decoder):
     """`nn.MultiheadAttention` with a learnt key and value behind the rows."""
 
@@ -177,7 +188,7 @@ def reported(kind: type[Decoder]) -> tuple[kvpass.Report, kvpass.Cache]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Convolved, Module, ModuleWeights, ModuleZero],
+    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Convolved, Zero, Module, ModuleWeights, ModuleZero],
     ids=lambda kind: kind.__name__,
 )
 def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:

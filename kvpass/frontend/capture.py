@@ -19,7 +19,8 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
-from kvpass.transforms.behind import turned
+from kvpass.transforms.alike import JOINS
+from kvpass.transforms.behind import PADS, turned
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
@@ -262,18 +263,33 @@ def _described(
 
 
 def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:
-    """How many entries joins of something and all rows put before them, and none. Scores have rows on two axes."""
-    found: list[sympy.Expr] = []
+    """How many entries may stand before all rows: what is joined with them, nothing, and what they are padded with.
+
+    Scores have rows on two axes, and say nothing.
+    """
+    joined, padded = list[sympy.Expr](), list[sympy.Expr]()
     for node in module.graph.nodes:
-        if node.target not in (torch.ops.aten.cat.default, torch.ops.aten.concat.default):
+        args = arguments(node)
+        if node.target in JOINS:
+            axis, last = dim_of(node, 1) % node.meta["val"].dim(), args[0][-1]
+            before = sympy.Add(*(sym(piece.meta["val"].shape[axis]) for piece in args[0][:-1]))
+            found = joined
+        elif node.target in PADS and len(args[1]) > 1:
+            last, pairs = args[0], list(zip(args[1][::2], args[1][1::2], strict=True))
+            at = next(
+                (k for k, (first, then) in enumerate(pairs) if isinstance(first, int) and first > 0 == then), None
+            )
+            if at is None:
+                continue
+            axis, before = last.meta["val"].dim() - 1 - at, sympy.Integer(pairs[at][0])
+            found = padded
+        else:
             continue
-        axis = dim_of(node, 1) % node.meta["val"].dim()
-        sizes = [sym(piece.meta["val"].shape[axis]) for piece in arguments(node)[0]]
-        before = sympy.Add(*sizes[:-1])
-        growing = [size for size in arguments(node)[0][-1].meta["val"].shape if sym(size).has(seq)]
-        if sizes[-1] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
+        sizes = [sym(size) for size in last.meta["val"].shape]
+        growing = [size for size in sizes if size.has(seq)]
+        if sizes[axis] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
             found.append(before)
-    return list(dict.fromkeys([*found, sympy.Integer(0)]))
+    return list(dict.fromkeys([*joined, sympy.Integer(0), *padded]))
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

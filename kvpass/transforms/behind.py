@@ -23,7 +23,7 @@ from kvpass.transforms.normalise import is_identity
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
-_PADS = (aten.constant_pad_nd.default, aten.pad.default)
+PADS = (aten.constant_pad_nd.default, aten.pad.default)
 
 
 def turned(graph: fx.Graph, rows: sympy.Symbol) -> None:
@@ -84,7 +84,7 @@ class _Turned:
         args, last = arguments(node), node.meta["val"].dim() - 1
         if node.target in JOINS and len(args[0]) > 1:
             return self._behind(node, args[0][0], list(args[0][1:]), dim_of(node, 1) % (last + 1), axes)
-        if node.target not in _PADS or _filled(node) is None or not args[1]:
+        if node.target not in PADS or _filled(node) is None or not args[1]:
             return False
         x, (before, after, *others) = args[:2]
         pairs = sum(sym(size) == self.rows for size in x.meta["val"].shape) + len(axes) > 1

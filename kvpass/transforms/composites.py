@@ -1,4 +1,4 @@
-"""Ops that stand for a whole layer, in the ops that they are made of.
+"""Ops that stand for a whole layer or cell, in the ops that they are made of.
 
 `aten._transformer_encoder_layer_fwd` is what a Transformer layer of PyTorch runs in evaluation. Its mask is true where
 a key is hidden; one that is not boolean is made so, and a row without keys is NaN.
@@ -23,13 +23,29 @@ Make = Callable[..., fx.Node]
 def decomposed(graph: fx.Graph) -> None:
     """Rewrite every such op of a graph."""
     for node in list(graph.nodes):
-        if node.target is aten._transformer_encoder_layer_fwd.default:
+        made_of = _MADE_OF.get(node.target)
+        if made_of is not None:
             names = [a.name for a in node.target._schema.arguments]
             given: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, arguments(node), strict=False)) | node.kwargs
             with graph.inserting_before(node):
-                made = _layer(partial(call, graph, node), given)
+                made = made_of(partial(call, graph, node), given)
             node.replace_all_uses_with(made)
             graph.erase_node(node)
+
+
+def _gru_cell(make: Make, given: dict[str, Any]) -> fx.Node:
+    """``(1 - z) * n + z * h`` (the formulas of `torch.nn.GRUCell`)."""
+    x = make(aten.linear.default, given["input"], given["w_ih"], given["b_ih"])
+    h = make(aten.linear.default, given["hx"], given["w_hh"], given["b_hh"])
+    size = given["hx"].meta["val"].shape[-1]
+
+    def part(y: fx.Node, k: int) -> fx.Node:
+        return make(aten.slice.Tensor, y, y.meta["val"].dim() - 1, k * size, (k + 1) * size)
+
+    reset, keep = (make(aten.sigmoid.default, make(aten.add.Tensor, part(x, k), part(h, k))) for k in (0, 1))
+    new = make(aten.tanh.default, make(aten.add.Tensor, part(x, 2), make(aten.mul.Tensor, reset, part(h, 2))))
+    change = make(aten.mul.Tensor, keep, make(aten.sub.Tensor, given["hx"], new))
+    return make(aten.add.Tensor, new, change)
 
 
 def _layer(make: Make, given: dict[str, Any]) -> fx.Node:
@@ -79,3 +95,9 @@ def _hidden(make: Make, given: dict[str, Any]) -> fx.Node:
     if given["mask_type"] == 1:
         mask = make(aten.unsqueeze.default, make(aten.unsqueeze.default, mask, 1), 1)
     return mask
+
+
+_MADE_OF: dict[Any, Callable[[Make, dict[str, Any]], fx.Node]] = {
+    aten._transformer_encoder_layer_fwd.default: _layer,
+    aten.gru_cell.default: _gru_cell,
+}

@@ -25,6 +25,8 @@ def unrolled(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (aten.conv1d.default, aten.convolution.default):
             _unroll(graph, node)
+        elif node.op == "call_function" and node.target is aten.conv2d.default:
+            _mix(graph, node)
         elif node.target is aten.unfold.default:
             _unfold(graph, node)
 
@@ -57,6 +59,25 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
             total = call(graph, node, aten.add.Tensor, total, call(graph, node, aten.unsqueeze.default, bias, 1))
     for end in ends:
         end.replace_all_uses_with(total)  # type: ignore[arg-type]
+
+
+def _mix(graph: fx.Graph, node: fx.Node) -> None:
+    """A convolution over single points mixes channels: heads of scores (talking heads)."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, arguments(node), strict=False)) | node.kwargs
+    x, weight = given["input"], given["weight"]
+    told = {n for name in ("stride", "dilation") for n in given.get(name, [1])}
+    size = weight.meta["val"].shape
+    if x.meta["val"].dim() != 4 or tuple(size[2:]) != (1, 1) or given.get("groups", 1) != 1 or told != {1}:
+        return
+    if any(given.get("padding", [0])):
+        return
+    with graph.inserting_before(node):
+        last = call(graph, node, aten.permute.default, x, [0, 2, 3, 1])
+        matrix = call(graph, node, aten.reshape.default, weight, [size[0], size[1]])
+        mixed = call(graph, node, aten.linear.default, last, matrix, given.get("bias"))
+        made = call(graph, node, aten.permute.default, mixed, [0, 3, 1, 2])
+    node.replace_all_uses_with(made)
 
 
 def _unfold(graph: fx.Graph, node: fx.Node) -> None:

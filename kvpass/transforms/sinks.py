@@ -67,11 +67,8 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
     if not cuts or not all(_cuts(cut, axis, 0 if last else 1, scores) for cut in cuts):
         return
     number = _constant(sink)
-    if number is not None:
-        with graph.inserting_before(softmax):
-            sink = _of_heads(graph, softmax, scores, number)
-    if sink.target is aten.expand.default and arguments(sink)[0].meta["val"].dim() == value.dim():
-        sink = arguments(sink)[0]
+    with graph.inserting_before(softmax):
+        sink = _unrepeated(graph, sink) if number is None else _of_heads(graph, softmax, scores, number)
     wide = torch.promote_types(value.dtype, torch.float32)  # half precision would round the logarithm of the sum
     with graph.inserting_before(softmax):
         if wide != value.dtype:
@@ -87,6 +84,23 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
         cut.replace_all_uses_with(made)
         graph.erase_node(cut)
     graph.erase_node(softmax)
+
+
+def _unrepeated(graph: fx.Graph, sink: fx.Node) -> fx.Node:
+    """A sink before it was repeated for every row, of the same rank."""
+    repeated, behind = sink, 0
+    if sink.target in (aten.reshape.default, aten.unsqueeze.default):
+        repeated = arguments(sink)[0]
+        rank, sizes = repeated.meta["val"].dim(), [sym(d) for d in sink.meta["val"].shape]
+        behind = len(sizes) - rank
+        if sizes != [sym(d) for d in repeated.meta["val"].shape] + [1] * behind:
+            return sink
+    once = arguments(repeated)[0] if repeated.target is aten.expand.default else None
+    if once is None or once.meta["val"].dim() != repeated.meta["val"].dim():
+        return sink
+    for _ in range(behind):
+        once = call(graph, sink, aten.unsqueeze.default, once, -1)
+    return once
 
 
 def _padding_as_sink(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:

@@ -35,6 +35,16 @@ class LearnedSink(Decoder):
         return self.merge(torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v, layer)
 
 
+class SinkOfEveryRow(LearnedSink):
+    """The same, repeated for every row before it gets an axis of its own; first among the columns."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = (q @ k.mT * DEPTH**-0.5).masked_fill(~self.seen(x, layer), NEG_INF)
+        sink = self.sink[None, :, None].expand(*scores.shape[:3])[..., None]
+        return self.merge(torch.cat((sink, scores), -1).softmax(-1)[..., 1:] @ v, layer)
+
+
 class SoftmaxOffByOne(Decoder):
     """`exp(s) / (1 + sum exp(s))`: a sink of zero."""
 
@@ -236,6 +246,33 @@ class TalkingHeads(Decoder):
         return self.merge(torch.einsum("bhij,hg->bgij", weights, self.after) @ v, layer)
 
 
+class TalkingConvolution(Decoder):
+    """Scores of all heads are mixed by a convolution over single points."""
+
+    kernels = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Conv2d(HEADS, HEADS, 1)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        scores = self.talk(q @ k.mT * DEPTH**-0.5)
+        return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
+
+
+class GatedResidual(Decoder):
+    """What a layer adds goes through a gated recurrent cell, row by row (GTrXL)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(SIZE, SIZE)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        y = super().mix(x, layer)
+        return self.cell(y.flatten(0, 1), x.flatten(0, 1)).view_as(x) - x
+
+
 class Cosine(Decoder):
     """Keys by distance on the sphere, with a clamped temperature."""
 
@@ -266,6 +303,7 @@ class Forgetting(Decoder):
 SCORES = (
     SoftCap,
     LearnedSink,
+    SinkOfEveryRow,
     SoftmaxOffByOne,
     NormalisedHeads,
     TemperatureOfPosition,
@@ -281,6 +319,8 @@ SCORES = (
     SharedKeys,
     KeysAreValues,
     TalkingHeads,
+    TalkingConvolution,
+    GatedResidual,
     Cosine,
     Forgetting,
 )
