@@ -151,6 +151,12 @@ class Cache:
     def __bool__(self) -> bool:
         return True  # an empty cache is still a cache: `cache or default` must not lose it
 
+    def __copy__(self) -> Cache:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Cache:
+        return self  # whoever copies the options of `torch.compile` means this cache, not another
+
     def __repr__(self) -> str:
         used, capacity = format_bytes(self._budget.used), format_bytes(self._budget.capacity)
         return f"<kvpass.Cache {used} of {capacity}, {len(self)} rows, policy={self._policy!r}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -582,3 +583,10 @@ def test_an_error_in_begin_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(ZeroDivisionError):
                 begin(cache, table, [[1, 2, 3, 4], [1, 5, 6, 7]])
         assert snapshot(cache) == before
+
+
+def test_a_copy_of_options_means_the_same_cache() -> None:
+    """Frameworks that wrap `torch.compile` copy its options."""
+    cache = Cache(capacity="1MiB")
+    assert copy.deepcopy({"options": {"cache": cache}})["options"]["cache"] is cache
+    assert copy.copy(cache) is cache
