@@ -19,7 +19,7 @@ from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.alike import JOINS, REDUCTIONS, SOFTMAX, axis_of, told_axes
-from kvpass.transforms.normalise import is_identity
+from kvpass.transforms.normalise import ASSERTIONS, is_identity
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ class _Turned:
             self.forgotten[node] = self._with_twins(node)
             return True
         if not isinstance(node.meta.get("val"), torch.Tensor):
-            return not axes
+            return not axes or node.target in ASSERTIONS
         if self._joined(node, axes) or not axes:
             return True
         if self._summed(node, axes):

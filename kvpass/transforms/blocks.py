@@ -90,7 +90,8 @@ class _Blocks:
             return None
         if any(len(node.args) != len(first.args) or node.kwargs.keys() != first.kwargs.keys() for node in nodes):
             return None
-        if not isinstance(first.meta.get("val"), torch.Tensor):
+        several = any(isinstance(a.meta.get("val"), (list, tuple)) for node in nodes for a in node.all_input_nodes)
+        if several or not isinstance(first.meta.get("val"), torch.Tensor):
             return None
         random = torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ())
         if random and first.target is not aten.scaled_dot_product_attention.default:  # that one may have a dropout

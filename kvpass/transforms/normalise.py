@@ -37,7 +37,7 @@ _IDENTITIES = (
     aten.positive.default,
 )
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
-_ASSERTIONS = (aten._assert_tensor_metadata.default,)
+ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
 
 def normalise(captured: Captured) -> None:
@@ -48,7 +48,7 @@ def normalise(captured: Captured) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _ASSERTIONS:
+        if node.target in ASSERTIONS:
             graph.erase_node(node)
         elif is_identity(node):
             node.replace_all_uses_with(arguments(node)[0])

@@ -148,3 +148,18 @@ def test_an_operand_that_stands_twice() -> None:
             return self.head(torch.cat([a + a, *(u + v for u, v in zip(b, c, strict=True))], 1))
 
     assert not is_proven(Twice(layers))
+
+
+def test_blocks_of_blocks() -> None:
+    """Pieces of several splits are not understood, and say so."""
+
+    class Nested(Looped):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            y = scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)[:, 0]
+            return self.head(torch.cat([piece.relu() for half in y.chunk(2, 1) for piece in half.chunk(2, 1)], 1))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = kvpass.explain(Nested(layers), IDS)
+    assert [refusal.code for refusal in report.refusals] == ["KV201"]
