@@ -168,7 +168,7 @@ def passes(captured: Captured) -> tuple[dict[str, float], Analyzed]:
         seconds[stage] = time.process_time() - before
         return made
 
-    timed("normalise", normalise, captured.module)
+    timed("normalise", normalise, captured)
     analyzed = timed("analyze", analyze, captured)
     cut = timed("plan", plan, analyzed)
     attentions, _ = timed("recognise", recognise, analyzed)
