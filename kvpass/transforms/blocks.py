@@ -16,10 +16,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import JOINS, RESHAPES, axis_of
+from kvpass.transforms.alike import JOINS, axis_of
 from kvpass.transforms.spell import call
 
 aten = torch.ops.aten
+_SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
+"""Ops whose second argument is the shape of the result."""
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 Nodes: TypeAlias = tuple[fx.Node, ...]
@@ -112,7 +114,9 @@ class _Blocks:
         axis = axis_of(first, axes)
         if axis is None or not self._alike(nodes, axis):
             return None
-        args = self._everywhere(first, axis) if first.target in (*RESHAPES, aten.expand.default) else first.args
+        args = _everywhere(first, axis)
+        if args is None:
+            return None
 
         def whole(a: fx.Node) -> fx.Node:
             return twins.get(a, a)
@@ -125,18 +129,22 @@ class _Blocks:
         return (made, axis) if [sym(d) for d in made.meta["val"].shape] == shape else None
 
     def _alike(self, nodes: Nodes, axis: int) -> bool:
-        """Whether nothing but the parts differs: no number that is told to the op."""
-        sizes = [sym(node.meta["val"].shape[axis]) for node in nodes]
-        if sizes != self.sizes:
+        """Whether nothing but the parts differs: no other size, and no number that is told to the op."""
+        shapes = [[sym(size) for size in node.meta["val"].shape] for node in nodes]
+        if [shape.pop(axis) for shape in shapes] != self.sizes or not _equal(shapes):
             return False
-        return nodes[0].target in (*RESHAPES, aten.expand.default) or _equal(map(_told_all, nodes))
+        return nodes[0].target in _SIZED or _equal(map(_told_all, nodes))
 
-    def _everywhere(self, node: fx.Node, axis: int) -> tuple[Any, ...]:
-        """The arguments of a change of shape, with whatever size the axis has."""
-        x, value = arguments(node)[0], node.meta["val"]
-        if node.target is aten.expand.default:
-            return x, [-1 if k == axis else size for k, size in enumerate(arguments(node)[1])]
-        return x, [-1 if k == axis else size for k, size in enumerate(value.shape)]
+
+def _everywhere(node: fx.Node, axis: int) -> tuple[Any, ...] | None:
+    """The arguments of an op on all blocks: where it is told a shape, with whatever size the axis has. None where two
+    of the sizes are not known."""
+    if node.target not in _SIZED:
+        return node.args
+    x, told = arguments(node)
+    sizes = [now if size == -1 else size for now, size in zip(node.meta["val"].shape, told, strict=True)]
+    sizes[axis] = -1
+    return None if any(isinstance(size, torch.SymInt) for size in sizes) else (x, sizes)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
