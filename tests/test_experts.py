@@ -267,6 +267,14 @@ def shifted_groups(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> T
     return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
 
 
+def ends_by_other_bounds(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Two experts share a group: row by row, but not what sorting by expert says."""
+    sorted_experts, order = experts.flatten().sort()
+    ends = torch.histc(sorted_experts.float(), EXPERTS, 0, 2 * EXPERTS).cumsum(0, dtype=torch.int32)
+    y = product_in_groups(m.gated(product_in_groups(x[order // EACH], m.up, ends)), m.down, ends)
+    return (y[order.argsort()].view(-1, EACH, SIZE) * weights[..., None]).sum(1)
+
+
 def ends_of_something_else(m: Mixture, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """The first choice of each token, counted twice."""
     order = experts.flatten().argsort()
@@ -369,3 +377,11 @@ def test_what_is_not_row_by_row_is_refused(way: Way) -> None:
     assert max(moved) > 1e-3, "the fault shows in no answer"
     assert not report.proven
     assert report.refusals[0].code in {"KV201", "KV202", "KV203", "KV204", "KV205", "KV207"}, str(report)
+
+
+def test_groups_that_are_not_the_experts() -> None:
+    """Without `verify`: no row sees a later one, so that the proof alone would let it pass."""
+    model = Mixture(ends_by_other_bounds)
+    fast = kvpass.compile(model, cache=kvpass.Cache(capacity="16MiB", page_size=4), verify=False)
+    with torch.no_grad():
+        histories(fast, model)

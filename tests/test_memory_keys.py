@@ -152,6 +152,18 @@ class Itself(Behind):
         return self.merge(y.sum(2, keepdim=True).expand(-1, -1, x.shape[1], -1), layer)
 
 
+class Cut(Padded):
+    """A fault: of the weights those of the memory are dropped, where they stand at the end."""
+
+    behind = True
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        memory = self.remembered(x, layer)
+        scores = q @ self.joined(k, memory[0], 2).mT * DEPTH**-0.5 + self.mask(x, memory)
+        return self.merge(scores.softmax(-1)[..., : x.shape[1]] @ v, layer)
+
+
 class OfTheRows(Behind):
     """A fault: what is remembered is a mean of all rows."""
 
@@ -198,7 +210,7 @@ def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
     assert cache.stats().rows_reused > 0
 
 
-@pytest.mark.parametrize("kind", [Crossed, Itself, OfTheRows, Counted], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Crossed, Itself, Cut, OfTheRows, Counted], ids=lambda kind: kind.__name__)
 def test_a_fault_is_refused(kind: type[Decoder]) -> None:
     report, cache = reported(kind)
     assert not report.proven

@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import kvpass
 from kvpass import errors
 from kvpass.frontend import backend, capture
+from kvpass.ir import holds
 from kvpass.kernels import ops
 from tests.test_adversarial import CASES
 
@@ -191,6 +194,13 @@ def test_a_capture_that_fails_inside_of_a_vmap() -> None:
         torch.testing.assert_close(fast(ids(rows=rows)), model(ids(rows=rows)))
     torch._dynamo.reset()
     assert code_of(model, ids()) == "KV109"
+
+
+def test_a_guard_without_a_value_holds_for_no_length() -> None:
+    """Chunks of ``s // 64`` rows: below 64 torch itself would divide by zero."""
+    rows = sympy.Symbol("s", integer=True, positive=True)
+    guard = sympy.Eq(Mod(8, FloorDiv(rows, 64)), 0)
+    assert [holds(guard, rows, number) for number in (10, 64, 200, 256)] == [False, True, False, True]
 
 
 def test_a_branch_that_is_taken_in_the_graph() -> None:

@@ -43,6 +43,21 @@ def test_module_is_proven_exact_and_lowered(name: str) -> None:
     assert cache.stats().rows_reused > 0
 
 
+@torch.no_grad()
+def test_a_graph_for_some_lengths_is_checked_at_those(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two blocks of sixteen rows: at any other length the graph itself raises, and nothing can be compared."""
+    torch._dynamo.reset()
+    model = MODULES["blocks_by_split"].build()
+    with recording() as found:
+        kvpass.compile(model, cache=kvpass.Cache(capacity="8MiB"))(texts()[4])
+    (program,) = [record.program for record in found]
+    assert program is not None
+    assert program.captured.takes(18)
+    assert not program.captured.takes(16)
+    assert program.checked
+    assert not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("how", PADDED)
 @torch.no_grad()
 def test_rows_without_keys_are_what_they_were(how: str) -> None:

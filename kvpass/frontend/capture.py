@@ -19,8 +19,8 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
-from kvpass.transforms.alike import JOINS
-from kvpass.transforms.behind import PADS, turned
+from kvpass.transforms.behind import turned
+from kvpass.transforms.spell import JOINS, PADS
 
 
 def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
@@ -271,25 +271,22 @@ def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:
     for node in module.graph.nodes:
         args = arguments(node)
         if node.target in JOINS:
-            axis, last = dim_of(node, 1) % node.meta["val"].dim(), args[0][-1]
-            before = sympy.Add(*(sym(piece.meta["val"].shape[axis]) for piece in args[0][:-1]))
-            found = joined
-        elif node.target in PADS and len(args[1]) > 1:
-            last, pairs = args[0], list(zip(args[1][::2], args[1][1::2], strict=True))
-            at = next(
-                (k for k, (first, then) in enumerate(pairs) if isinstance(first, int) and first > 0 == then), None
-            )
-            if at is None:
-                continue
-            axis, before = last.meta["val"].dim() - 1 - at, sympy.Integer(pairs[at][0])
-            found = padded
-        else:
-            continue
-        sizes = [sym(size) for size in last.meta["val"].shape]
-        growing = [size for size in sizes if size.has(seq)]
-        if sizes[axis] == seq and len(growing) == 1 and before != 0 and not before.has(seq):
-            found.append(before)
+            (*others, last), axis = args[0], dim_of(node, 1) % node.meta["val"].dim()
+            before = sympy.Add(*(sym(piece.meta["val"].shape[axis]) for piece in others))
+            if _is_text(last, axis, seq) and before != 0 and not before.has(seq):
+                joined.append(before)
+        elif node.target in PADS:
+            last = args[0].meta["val"].dim() - 1
+            for k, (first, then) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
+                if isinstance(first, int) and first > 0 and then == 0 and _is_text(args[0], last - k, seq):
+                    padded.append(sympy.Integer(first))
     return list(dict.fromkeys([*joined, sympy.Integer(0), *padded]))
+
+
+def _is_text(x: fx.Node, axis: int, seq: sympy.Symbol) -> bool:
+    """True where an axis is as long as the text, and no other grows."""
+    sizes = [sym(size) for size in x.meta["val"].shape]
+    return bool(sizes[axis] == seq and sum(size.has(seq) for size in sizes) == 1)
 
 
 def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:

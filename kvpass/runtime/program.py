@@ -116,6 +116,11 @@ class Program:
         """What is kept of it, for the weights as they are now."""
         return None if self._bound is None else self._bound.remembered
 
+    @property
+    def checked(self) -> bool:
+        """Whether nothing has to be compared any more before the cache serves a call."""
+        return self._check is None
+
     def check_first(self, check: Callable[[Sequence[Any]], bool]) -> None:
         """Serve nothing from the cache before ``check`` has returned True for the arguments of a call."""
         self._check = check

@@ -11,14 +11,13 @@ from torch import fx
 from kvpass.analysis.rules import pointwise
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.analysis.table import RULES
+from kvpass.transforms.spell import JOINS, named
 
 aten = torch.ops.aten
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default)
-"""Ops along the axes that their second argument says."""
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
-JOINS = (aten.cat.default, aten.concat.default)
 
 
 def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
@@ -49,10 +48,8 @@ def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
 
 
 def told_axes(node: fx.Node) -> set[int]:
-    """The axes that an op is told, as its second argument or by name; all of them where it is told none."""
-    args, rank = arguments(node), int(arguments(node)[0].meta["val"].dim())
-    first = 0 if node.target is aten.slice.Tensor else None
-    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", first)
+    """The axes that an op is told; all of them where it is told none."""
+    rank, given = int(arguments(node)[0].meta["val"].dim()), named(node)["dim"]
     dims = given if isinstance(given, (list, tuple)) else [given]
     return set(range(rank)) if not dims or None in dims else {int(d) % rank for d in dims}
 
@@ -95,15 +92,17 @@ def _moved(node: fx.Node, axis: int, rank: int) -> int | None:
 
 def _aligned(tensors: list[fx.Node], axes: Mapping[fx.Node, int], rank: int) -> int | None:
     """Where broadcasting puts the axis: the same place for all, and the others have one entry there."""
-    found: set[int] = {rank - a.meta["val"].dim() + axis for a, axis in axes.items()}
-    if len(found) != 1:
-        return None
-    (axis,) = found
-    for a in tensors:
-        place = axis - rank + a.meta["val"].dim()
-        if a not in axes and place >= 0 and a.meta["val"].shape[place] != 1:
-            return None
-    return axis
+    first, axis = next(iter(axes.items()))
+    behind = int(first.meta["val"].dim()) - axis
+    return rank - behind if all(_fits(a, axes, behind) for a in tensors) else None
+
+
+def _fits(a: fx.Node, axes: Mapping[fx.Node, int], behind: int) -> bool:
+    """Whether an operand has the axis as number ``behind`` from the end, or one entry there."""
+    shape = a.meta["val"].shape
+    if a in axes:
+        return len(shape) - axes[a] == behind
+    return len(shape) < behind or bool(shape[-behind] == 1)
 
 
 def _of_product(left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
@@ -117,12 +116,9 @@ def _of_product(left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank
     if len(found) != 1:
         return None
     (axis,) = found
-    for a, dim in zip((left, right), dims, strict=True):
-        place = axis - rank + dim
-        if axis < rank - 2 and a not in axes and place >= 0 and a.meta["val"].shape[place] != 1:
-            return None
-    both = axes.keys() >= {left, right}
-    return None if both and axis >= rank - 2 else axis
+    if axis < rank - 2:
+        return axis if all(_fits(a, axes, rank - axis) for a in (left, right)) else None
+    return None if axes.keys() >= {left, right} else axis
 
 
 def _of_biased(bias: fx.Node, left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
@@ -130,25 +126,18 @@ def _of_biased(bias: fx.Node, left: fx.Node, right: fx.Node, axes: Mapping[fx.No
     axis = _of_product(left, right, {a: k for a, k in axes.items() if a is not bias}, rank)
     if axis is None or bias in (left, right):
         return None
-    place = axis - rank + int(bias.meta["val"].dim())
-    held = axes[bias] == place if bias in axes else place < 0 or bias.meta["val"].shape[place] == 1
-    return axis if held else None
+    return axis if _fits(bias, axes, rank - axis) else None
 
 
 def _of_attention(node: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:
     """Queries; a mask has them, too, or is the same for all of them."""
-    query, key, value, *more = arguments(node)
-    given: dict[str, Any] = dict(zip(("attn_mask", "dropout_p", "is_causal"), more, strict=False)) | dict(node.kwargs)
-    mask = given.get("attn_mask")
-    if axes.get(query) != rank - 2 or key in axes or value in axes:
+    given = named(node)
+    mask = given["attn_mask"]
+    if axes.get(given["query"]) != rank - 2 or given["key"] in axes or given["value"] in axes:
         return None
-    if given.get("is_causal", False) or given.get("dropout_p", 0.0) != 0:  # causal: from the first of these queries on
+    if given["is_causal"] or given["dropout_p"] != 0:  # causal: from the first of these queries on
         return None
-    if mask is None:
-        return rank - 2
-    rows = mask.meta["val"].dim() - 2
-    held = axes.get(mask) == rows if mask in axes else rows < 0 or mask.meta["val"].shape[rows] == 1
-    return rank - 2 if held else None
+    return rank - 2 if mask is None or _fits(mask, axes, 2) else None
 
 
 def _of_reshape(node: fx.Node, axis: int) -> int | None:

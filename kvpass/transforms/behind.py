@@ -18,12 +18,11 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import JOINS, REDUCTIONS, SOFTMAX, axis_of, told_axes
+from kvpass.transforms.alike import REDUCTIONS, SOFTMAX, axis_of, told_axes
 from kvpass.transforms.normalise import ASSERTIONS, is_identity
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import JOINS, PADS, call, filled, named
 
 aten = torch.ops.aten
-PADS = (aten.constant_pad_nd.default, aten.pad.default)
 
 
 def turned(graph: fx.Graph, rows: sympy.Symbol) -> None:
@@ -84,16 +83,15 @@ class _Turned:
         args, last = arguments(node), node.meta["val"].dim() - 1
         if node.target in JOINS and len(args[0]) > 1:
             return self._behind(node, args[0][0], list(args[0][1:]), dim_of(node, 1) % (last + 1), axes)
-        if node.target not in PADS or _filled(node) is None or not args[1]:
+        if node.target not in PADS or filled(node) is None or not args[1]:
             return False
         x, (before, after, *others) = args[:2]
         pairs = sum(sym(size) == self.rows for size in x.meta["val"].shape) + len(axes) > 1
-        if not pairs or any(others) or not isinstance(before, int) or before < 0 or (before > 0) == (after != 0):
-            return False
-        if not before and not (isinstance(after, int) and after > 0):
+        one_side = isinstance(before, int) and isinstance(after, int) and min(before, after) == 0 < max(before, after)
+        if not pairs or not one_side or any(others):
             return False
         with self.graph.inserting_before(node):
-            column = self._column(node, x, before or after, _filled(node))
+            column = self._column(node, x, before or after, filled(node))
             if before and not axes:
                 self.forgotten[node] = call(self.graph, node, aten.cat.default, [column, x], last)
         return not axes if before else self._behind(node, x, [column], last, axes)
@@ -133,22 +131,10 @@ class _Turned:
         if node.target in (aten.matmul.default, aten.bmm.default) and min(dims.values()) > 1 and len(dims) == 2:
             return axes == {args[0]: dims[args[0]] - 1, args[1]: dims[args[1]] - 2}
         if node.target is aten.scaled_dot_product_attention.default:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(node.kwargs)
-            mask = given.get("attn_mask")
+            given = named(node)
+            mask = given["attn_mask"]
             want = {given[name]: dims[given[name]] - 2 for name in ("key", "value")}
             if mask is not None and (mask in axes or mask.meta["val"].shape[-1] != 1):
                 want[mask] = dims[mask] - 1
-            ordered = given["query"] in axes or given.get("is_causal", False)
-            return axes == want and not ordered and given.get("dropout_p", 0.0) == 0
+            return axes == want and not given["is_causal"] and given["query"] not in axes and given["dropout_p"] == 0
         return False
-
-
-def _filled(node: fx.Node) -> Any:
-    """The number that a padding consists of; None where it repeats entries."""
-    args, named = arguments(node), dict(node.kwargs)
-    if node.target is aten.pad.default:
-        mode = args[2] if len(args) > 2 else named.get("mode", "constant")
-        number = args[3] if len(args) > 3 else named.get("value")
-        return (number or 0) if mode == "constant" else None
-    return args[2] if len(args) > 2 else named.get("value", 0)

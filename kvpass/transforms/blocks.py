@@ -16,8 +16,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import JOINS, axis_of
-from kvpass.transforms.spell import call
+from kvpass.transforms.alike import axis_of
+from kvpass.transforms.spell import JOINS, call
 
 aten = torch.ops.aten
 _SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
@@ -94,9 +94,6 @@ class _Blocks:
             return None
         several = any(isinstance(a.meta.get("val"), (list, tuple)) for node in nodes for a in node.all_input_nodes)
         if several or not isinstance(first.meta.get("val"), torch.Tensor):
-            return None
-        random = torch.Tag.nondeterministic_seeded in getattr(first.target, "tags", ())
-        if random and first.target is not aten.scaled_dot_product_attention.default:  # that one may have a dropout
             return None
         axes: dict[fx.Node, int] = {}
         twins: dict[fx.Node, fx.Node] = {}

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.analysis.sweep import arguments
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import call, named
 
 aten = torch.ops.aten
 Make = Callable[..., fx.Node]
@@ -25,10 +24,8 @@ def decomposed(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         made_of = _MADE_OF.get(node.target)
         if made_of is not None:
-            names = [a.name for a in node.target._schema.arguments]
-            given: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, arguments(node), strict=False)) | node.kwargs
             with graph.inserting_before(node):
-                made = made_of(partial(call, graph, node), given)
+                made = made_of(partial(call, graph, node), named(node))
             node.replace_all_uses_with(made)
             graph.erase_node(node)
 

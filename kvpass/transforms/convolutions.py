@@ -13,10 +13,9 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import PADS, call, filled, named
 
 aten = torch.ops.aten
-_PADS = (aten.constant_pad_nd.default, aten.pad.default)
 _MOST_TAPS = 32
 
 
@@ -32,13 +31,12 @@ def unrolled(graph: fx.Graph) -> None:
 
 
 def _unroll(graph: fx.Graph, node: fx.Node) -> None:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, arguments(node), strict=False)) | node.kwargs
-    weight, bias = given["weight"], given.get("bias")
+    given = named(node)
+    weight, bias = given["weight"], given["bias"]
     x, left = _unpadded(given["input"], 1)
     value, shape = x.meta["val"], weight.meta["val"].shape
-    stride, padding, dilation = ((given.get(k) or [n])[0] for k, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    groups, transposed = given.get("groups", 1), given.get("transposed", False)
+    stride, padding, dilation = (given[k][0] for k in ("stride", "padding", "dilation"))
+    groups, transposed = given["groups"], given.get("transposed", False)
     depthwise = groups == shape[0] == value.shape[1] if value.dim() == 3 else False
     length = sym(value.shape[-1])
     ends = _kept(node, length)
@@ -63,19 +61,16 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
 
 def _mix(graph: fx.Graph, node: fx.Node) -> None:
     """A convolution over single points mixes channels: heads of scores (talking heads)."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, arguments(node), strict=False)) | node.kwargs
+    given = named(node)
     x, weight = given["input"], given["weight"]
-    told = {n for name in ("stride", "dilation") for n in given.get(name, [1])}
+    told = {given["groups"], *given["stride"], *given["dilation"]}
     size = weight.meta["val"].shape
-    if x.meta["val"].dim() != 4 or tuple(size[2:]) != (1, 1) or given.get("groups", 1) != 1 or told != {1}:
-        return
-    if any(given.get("padding", [0])):
+    if x.meta["val"].dim() != 4 or tuple(size[2:]) != (1, 1) or told != {1} or any(given["padding"]):
         return
     with graph.inserting_before(node):
         last = call(graph, node, aten.permute.default, x, [0, 2, 3, 1])
         matrix = call(graph, node, aten.reshape.default, weight, [size[0], size[1]])
-        mixed = call(graph, node, aten.linear.default, last, matrix, given.get("bias"))
+        mixed = call(graph, node, aten.linear.default, last, matrix, given["bias"])
         made = call(graph, node, aten.permute.default, mixed, [0, 3, 1, 2])
     node.replace_all_uses_with(made)
 
@@ -96,14 +91,13 @@ def _unfold(graph: fx.Graph, node: fx.Node) -> None:
 
 def _unpadded(x: fx.Node, behind: int) -> tuple[fx.Node, int]:
     """What was padded with zeros along the axis that is number ``behind`` from the end, and by how much before it."""
-    if x.target not in _PADS or x.kwargs:
+    if x.target not in PADS or filled(x) != 0:
         return x, 0
-    source, amounts, *rest = arguments(x)
-    zeros = all(given in (None, 0, "constant") for given in rest)
+    source, amounts = arguments(x)[:2]
     place = 2 * (behind - 1)
     before = amounts[place] if place < len(amounts) else 0
     others = [*amounts[:place], *amounts[place + 2 :]]
-    return (source, before) if zeros and isinstance(before, int) and not any(others) else (x, 0)
+    return (source, before) if isinstance(before, int) and not any(others) else (x, 0)
 
 
 def _kept(node: fx.Node, length: Any) -> list[fx.Node]:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kvpass.analysis.sweep import arguments, sym
 from kvpass.transforms.alike import RESHAPES, axis_of
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import JOINS, call, named
 
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
@@ -42,8 +42,6 @@ _MOVES = (
 )
 """Ops whose result has no entry that their operand has not."""
 
-_HISTC: dict[str, Any] = {"bins": 100, "min": 0, "max": 0}
-"""Its defaults. Between two equal bounds the values' own are taken: one expert counts all rows."""
 
 _INDICES: dict[Any, int] = {aten.argmax.default: 1, aten.argmin.default: 1, aten.argsort.default: 1}
 _SECOND_INDICES: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.max.dim: 1, aten.min.dim: 1}
@@ -106,9 +104,7 @@ class _Sorted:
             node.replace_all_uses_with(twin)
 
     def _descends(self) -> bool:
-        names = [a.name for a in self.sort.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(names, arguments(self.sort), strict=False)) | self.sort.kwargs
-        return bool(given.get("descending", False))
+        return bool(named(self.sort)["descending"])
 
     def _first(self) -> set[fx.Node]:
         """The sorted experts and the order; what uses them."""
@@ -154,7 +150,7 @@ class _Sorted:
         """``histc(experts, E, 0, E - 1)``, its running sum, and casts of both."""
         x = arguments(node)[0] if arguments(node) else None
         if node.target is aten.histc.default and self.twins.get(_uncast(x)) is self.ids:
-            given = _HISTC | dict(zip(_HISTC, arguments(node)[1:], strict=False)) | node.kwargs
+            given = named(node)  # between two equal bounds the values' own are taken: one expert counts all rows
             if given["min"] == 0 and given["max"] == given["bins"] - 1 and _below(self.ids, given["bins"]):
                 self.counts[node] = given["bins"]
                 return True
@@ -240,8 +236,7 @@ class _Sorted:
         args = arguments(node)
         if len(args) < 2 or not isinstance(self.twins.get(args[0]), fx.Node):
             return False
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = {**dict(zip(names, args, strict=False)), **node.kwargs}
+        given = named(node)
         tensors = [v for v in given.values() if isinstance(v, fx.Node)]
         if len(tensors) != 3 or tensors[2] not in self.ends or tensors[1] in self.twins:
             return False
@@ -305,7 +300,7 @@ def _below(node: Any, count: int) -> bool:
     """
     while isinstance(node, fx.Node) and node.target in _MOVES:
         node = arguments(node)[0]
-    if isinstance(node, fx.Node) and node.target in (aten.cat.default, aten.concat.default, aten.stack.default):
+    if isinstance(node, fx.Node) and node.target in (*JOINS, aten.stack.default):
         return all(_below(piece, count) for piece in arguments(node)[0])
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from kvpass.analysis.facts import Fact, Kind
 from kvpass.analysis.sweep import Analyzed, sym
 from kvpass.transforms.sides import Side
+from kvpass.transforms.spell import JOINS
 
 aten = torch.ops.aten
 
-_JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
+_JOINS = (*JOINS, aten.stack.default)
 MOVES = (
     aten.reshape.default,
     aten.view.default,

@@ -15,10 +15,9 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import Analyzed, arguments, dim_of, sym
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import JOINS, PADS, call, filled
 
 aten = torch.ops.aten
-_PADS = (aten.constant_pad_nd.default, aten.pad.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
@@ -48,9 +47,9 @@ def _separate(graph: fx.Graph, softmax: fx.Node) -> None:
     joined = arguments(softmax)[0]
     value = softmax.meta["val"]
     axis = arguments(softmax)[1] % value.dim()
-    if joined.target in _PADS:
+    if joined.target in PADS:
         pieces, along = _padding_as_sink(graph, joined), value.dim() - 1
-    elif joined.target in (aten.cat.default, aten.concat.default):
+    elif joined.target in JOINS:
         pieces, along = list(arguments(joined)[0]), dim_of(joined, 1) % value.dim()
     else:
         return
@@ -105,14 +104,9 @@ def _unrepeated(graph: fx.Graph, sink: fx.Node) -> fx.Node:
 
 def _padding_as_sink(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """What was padded with one column, and that column, in their order; nothing where it is another padding."""
-    x, amounts, *rest = arguments(node)
-    if (
-        list(amounts) not in ([0, 1], [1, 0])
-        or node.kwargs
-        or any(isinstance(r, str) and r != "constant" for r in rest)
-    ):
+    (x, amounts), number = arguments(node)[:2], filled(node)
+    if list(amounts) not in ([0, 1], [1, 0]) or number is None:
         return []
-    number = next((r for r in rest if isinstance(r, (int, float))), 0.0)
     with graph.inserting_before(node):
         column = _of_heads(graph, node, x, float(number))
     return [x, column] if amounts[0] == 0 else [column, x]

@@ -1,4 +1,4 @@
-"""Calls written into a captured graph."""
+"""Calls in a captured graph: how they are written, and read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+JOINS = (aten.cat.default, aten.concat.default)
+PADS = (aten.constant_pad_nd.default, aten.pad.default)
+
+
+def named(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of its schema; what it is not given is as it is by default."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+
+
+def filled(pad: fx.Node) -> Any:
+    """The number that one of `PADS` puts around its operand; None where it repeats entries."""
+    given = named(pad)
+    return (given["value"] or 0) if given.get("mode", "constant") == "constant" else None
 
 
 def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -13,11 +13,10 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import JOINS, call
 
 aten = torch.ops.aten
 _LAST = 2**63 - 1
-_JOINS = (aten.cat.default, aten.concat.default)
 
 
 def joined(graph: fx.Graph) -> None:
@@ -204,7 +203,7 @@ def _range(graph: fx.Graph, like: fx.Node, x: fx.Node, dim: int, low: int, high:
     rank, size = x.meta["val"].dim(), x.meta["val"].shape[dim]
     if (low, high) == (0, size):
         return [x]
-    if x.target in _JOINS and (arguments(x)[1] if len(arguments(x)) > 1 else 0) % rank == dim:
+    if x.target in JOINS and (arguments(x)[1] if len(arguments(x)) > 1 else 0) % rank == dim:
         out, at = [], 0
         for piece in arguments(x)[0]:
             length = piece.meta["val"].shape[dim]
