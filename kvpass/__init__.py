@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvpass.frontend import compile as compile
     from kvpass.frontend import explain as explain
     from kvpass.frontend import reports as reports
+    from kvpass.frontend import wait as wait
     from kvpass.report import Report as Report
     from kvpass.runtime import default_cache as default_cache
 
@@ -30,6 +31,7 @@ _HOMES = {
     "default_cache": "kvpass.runtime",
     "explain": "kvpass.frontend",
     "reports": "kvpass.frontend",
+    "wait": "kvpass.frontend",
 }
 _MODULES = frozenset({"errors"})
 
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022 (in the order a reader meets them)
     "compile",
     "explain",
     "reports",
+    "wait",
     "Report",
     "Cache",
     "CacheStats",

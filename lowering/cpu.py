@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import struct
@@ -70,6 +71,9 @@ class Kernel:
         self.spec, self.source = spec, cpp.source(spec)
         library = build.load(self.source)
         self._decode, self._prefill = library.kvpass_decode, library.kvpass_prefill
+        self.decode_address, self.prefill_address = (
+            ctypes.cast(call, ctypes.c_void_p).value or 0 for call in (self._decode, self._prefill)
+        )
         self._pack = struct.Struct(f"@{14 + 2 * 8 + 5 * max(1, len(spec.reads))}q").pack
 
     def __call__(
@@ -98,9 +102,9 @@ class Kernel:
         )
         tensors = [read if read.is_contiguous() else read.contiguous() for read in reads]
         words = [word for read in tensors for word in _words(read)] or _NOTHING
-        tile = _tile(math.gcd(key.page_size, value.page_size))
+        rows_of_tile = tile(math.gcd(key.page_size, value.page_size))
         block = self._pack(
-            query.data_ptr(), out.data_ptr(), batch, new, start, rows, torch.get_num_threads(), tile,
+            query.data_ptr(), out.data_ptr(), batch, new, start, rows, torch.get_num_threads(), rows_of_tile,
             *query.stride()[:3], *out.stride()[:3], *key.words(), *value.words(), *words,
         )  # fmt: skip
         call = self._decode if new * spec.group <= MOST_DECODED else self._prefill
@@ -110,7 +114,7 @@ class Kernel:
 
 
 @functools.cache
-def _tile(page: int) -> int:
+def tile(page: int) -> int:
     """Rows of a tile: the largest divisor of a page that is no longer than the longest tile."""
     return max(size for size in range(1, cpp.TILE + 1) if page % size == 0)
 

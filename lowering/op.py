@@ -98,6 +98,7 @@ def traceable(
 
     named: Any = attention
     named.static, named.source, named.lowering = (spec,), source, f"{target} {name_of(source)}"
+    named.layouts = key, value
     return attention
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import torch
@@ -45,6 +47,28 @@ def _mark(value: Any) -> None:
     for axis in axes:
         if value.shape[axis] > 1:
             torch._dynamo.maybe_mark_dynamic(value, axis)
+
+
+def wait(fast: Callable[..., Any] | None = None, timeout: float | None = None) -> bool:
+    """Block until the steps that are being compiled in the background are there.
+
+    What is compiled is known after a model's first call. Compilations of all models of this process are waited for;
+    ``fast`` is there to be read.
+
+    Args:
+        timeout: seconds.
+
+    Returns:
+        False where the time was up.
+    """
+    ends = None if timeout is None else time.monotonic() + timeout
+    for record in backend.records():
+        steps = None if record.program is None else record.program.steps
+        for future in [] if steps is None else steps.pending():
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            if not futures.wait([future], left).done:
+                return False
+    return True
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

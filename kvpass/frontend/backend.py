@@ -27,6 +27,7 @@ from kvpass.frontend.verify import PlainFailed, verify
 from kvpass.ir import Captured
 from kvpass.runtime import default_cache
 from kvpass.runtime.program import Program
+from kvpass.runtime.steps import TIERS
 from kvpass.transforms.rewrite import Incremental
 
 log = logging.getLogger("kvpass")
@@ -40,11 +41,14 @@ class Options:
         cache: where rows are kept; the process-wide one by default.
         verify: compare the rewritten graph with the captured one, on the real weights, before it is used.
         autotune: on a GPU, measure configurations of each attention kernel on its first call; winners stay on disk.
+        tiers: when steps of a few rows are compiled on a CPU: ``auto``, in the background while calls run op by op;
+            ``compiled``, before the first call that needs one; ``eager``, never.
     """
 
     cache: Cache | None = None
     verify: bool = True
     autotune: bool = False
+    tiers: str = "auto"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
@@ -66,6 +70,8 @@ class Options:
             value = getattr(options, name)
             if not isinstance(value, bool):
                 raise errors.OptionError(f"{name} must be True or False, not {value!r}")
+        if options.tiers not in TIERS:
+            raise errors.OptionError(f"tiers must be one of {', '.join(map(repr, TIERS))}, not {options.tiers!r}")
         return options
 
 
@@ -118,7 +124,8 @@ def kvpass(
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
-    program = Program(captured, incremental, gm.forward, cache, partial(_rebuild, autotune=chosen.autotune))
+    rebuild = partial(_rebuild, autotune=chosen.autotune)
+    program = Program(captured, incremental, gm.forward, cache, rebuild, chosen.tiers, chosen.verify)
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, gm, args))
     _record(Record(captured, program, None))

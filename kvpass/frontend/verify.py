@@ -22,17 +22,11 @@ from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.cache import Cache, SlotSpec
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
+from kvpass.runtime.compare import TOLERANCE, difference
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.program import run
 from kvpass.transforms.rewrite import Incremental
 
-# Largest difference, relative to the largest entry: far above reordered sums, far below a key too many.
-TOLERANCE: dict[torch.dtype, float] = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.bfloat16: 6e-2,
-    torch.float16: 1e-2,
-}
 _ROWS = (12, 40)  # at least and at most so many rows are fed
 _PAGE = 16
 
@@ -77,7 +71,7 @@ def verify(
                 found = run(incremental, args, lease)
         meaningful = _meaningful(plan.analyzed, args)
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-            problem = _difference(a, b, meaningful.get(k))
+            problem = difference(a, b, meaningful.get(k))
             if problem:
                 node = plan.analyzed.outputs[k]
                 detail = f"output {k} at {end} rows, {lease.start} of them cached: {problem}"
@@ -181,22 +175,4 @@ def _mask(
     return torch.as_tensor(kept).expand(shape).reshape(value.shape)
 
 
-def _difference(found: Any, expected: Any, meaningful: torch.Tensor | None) -> str:
-    """What is wrong with an output, or an empty text."""
-    if not isinstance(expected, torch.Tensor):
-        return "" if found == expected else f"{found!r} instead of {expected!r}"
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return f"{found.dtype}{tuple(found.shape)} instead of {expected.dtype}{tuple(expected.shape)}"
-    if meaningful is not None:
-        found, expected = found[meaningful], expected[meaningful]
-    if not expected.numel():
-        return ""
-    if not expected.dtype.is_floating_point:
-        wrong = int((found != expected).sum())
-        return f"{wrong} of {expected.numel()} entries differ" if wrong else ""
-    if not torch.equal(found.isnan(), expected.isnan()):
-        return "NaN in other places"
-    a, b = found.double().nan_to_num(), expected.double().nan_to_num()
-    error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
-    limit = TOLERANCE.get(expected.dtype, 1e-1)
-    return f"relative error {error:.2e} (at most {limit:.0e} is expected)" if error > limit else ""
+__all__ = ["TOLERANCE", "PlainFailed", "verify"]

@@ -24,6 +24,7 @@ from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
 from kvpass.runtime.remembered import Remembered, storage_of
+from kvpass.runtime.steps import Steps
 from kvpass.runtime.weights import Weights
 from kvpass.transforms.branch import lazily
 from kvpass.transforms.hoist import Hoisted, hoist
@@ -46,6 +47,7 @@ class Bound:
     module: fx.GraphModule
     hoisted: Hoisted | None
     remembered: Remembered
+    steps: Steps
 
     def run(self, args: Sequence[Any], lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
         """One call; the outputs are the caller's."""
@@ -53,7 +55,10 @@ class Bound:
         if self.hoisted is not None:
             part = self.hoisted.context
             ahead = self.remembered.get(self.keys.hoisting(args), lambda: _without_gradients(part, args), args)
-        outputs = _without_gradients(self.module, [*args, *_cache_arguments(self.incremental, lease), *ahead])
+        given = [*args, *_cache_arguments(self.incremental, lease), *ahead]
+        outputs = self.steps.run(given, lease.start, lease.length, lease.batch)
+        if outputs is None:
+            outputs = _without_gradients(self.module, given)
         kept = {storage_of(value) for value in (*lease.pools, *ahead) if isinstance(value, torch.Tensor)}
         owned = list(outputs)
         for k, value in enumerate(outputs):
@@ -83,6 +88,7 @@ class Program:
         incremental: its rewriting.
         plain: the model as it was written.
         rebuild: makes the rewriting anew, for constants whose contents the proof had used.
+        tiers, compare: of `Steps`.
     """
 
     def __init__(
@@ -92,15 +98,19 @@ class Program:
         plain: Callable[..., Any],
         cache: Cache,
         rebuild: Callable[[Captured], Incremental],
+        tiers: str = "auto",
+        compare: bool = True,
     ) -> None:
         self.captured, self.plain, self.cache, self._rebuild = captured, plain, cache, rebuild
+        self._tiers, self._compare = tiers, compare
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
         self._check: Callable[[Sequence[Any]], bool] | None = None
-        self._bound: Bound | None = self._bind(incremental, Weights(captured.constants))
+        self._bound: Bound | None = None
+        self._bound = self._bind(incremental, Weights(captured.constants))
 
     @property
     def incremental(self) -> Incremental | None:
@@ -115,6 +125,11 @@ class Program:
     def remembered(self) -> Remembered | None:
         """What is kept of it, for the weights as they are now."""
         return None if self._bound is None else self._bound.remembered
+
+    @property
+    def steps(self) -> Steps | None:
+        """The compiled steps."""
+        return None if self._bound is None else self._bound.steps
 
     @property
     def checked(self) -> bool:
@@ -210,8 +225,13 @@ class Program:
             self.cache.register(slots),
             hoist(incremental),
         )
-        module = lazily(incremental.module if hoisted is None else hoisted.step)
-        return Bound(incremental, keys, weights, table, _lenders(plan), module, hoisted, remembered)
+        old = self._bound
+        if old is not None and old.incremental is incremental:
+            steps, hoisted = old.steps, old.hoisted
+        else:
+            module = lazily(incremental.module if hoisted is None else hoisted.step)
+            steps = Steps(self.captured, module, len(plan.slots), self._tiers, self._compare)
+        return Bound(incremental, keys, weights, table, _lenders(plan), steps.module, hoisted, remembered, steps)
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""

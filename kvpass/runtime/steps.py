@@ -1,0 +1,253 @@
+"""Decode steps: which call takes which tape, and when a tape is there.
+
+A call of a few new rows runs a tape (`kvpass.lowering.tape`) as soon as one has been made for its regime; until then,
+and where none can be made, it runs the incremental graph op by op. Tapes are made in the background and taken up
+between two calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from kvpass.analysis.sweep import sym
+from kvpass.ir import Captured, Role
+from kvpass.lowering.build import NoCompiler
+from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
+from kvpass.runtime.compare import difference
+
+log = logging.getLogger("kvpass")
+TIERS = ("auto", "compiled", "eager")
+FEW = 16  # new rows of all sequences: with more, products of matrices are PyTorch's
+_LEAST_CACHED = 2  # rows: a tape is made with a call at hand, of which no size may be zero or one by chance
+_MOST_MADE = 3  # tapes for one regime, where sizes of the first ones were taken for ever
+_NICER = 10  # of threads that compile
+
+P, N = (sympy.Symbol(name, integer=True, positive=True) for name in ("start", "new"))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What one tape is made for: one new row or several, one sequence or several, contexts of certain sizes."""
+
+    one_row: bool
+    ones: tuple[int, ...]
+    shapes: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        rows = "one new row" if self.one_row else "several new rows"
+        return f"{rows}, {'one sequence' if self.ones else 'any batch'}"
+
+
+class Arguments:
+    """What the arguments of an incremental graph are, over the numbers that change from call to call."""
+
+    def __init__(self, captured: Captured, slots: int) -> None:
+        nodes = {n.name: n.meta["val"] for n in captured.module.graph.nodes if n.op == "placeholder"}
+        self.captured, self.slots = captured, slots
+        self.first = len(captured.inputs)
+        self.values = [nodes[i.name] for i in captured.inputs]
+        self.fixed = {i.index for i in captured.of(Role.CONSTANT)}
+        sizes = {i.index: sym(self.values[i.index]) for i in captured.of(Role.SYMBOL)}
+        self.symbols = {k: size for k, size in sizes.items() if size.is_Symbol and size != captured.seq}
+        self.extra = self.first + 2 + 4 * slots
+
+    def regime(self, args: Sequence[Any], new: int) -> Regime:
+        shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args[self.extra :])
+        return Regime(new == 1, tuple(k for k in self.symbols if args[k] == 1), shapes)
+
+    def numbers(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> list[int]:
+        """The values of the symbols of a call."""
+        out = [start] if regime.one_row else [start, new]
+        out += [int(args[k]) for k in self.symbols if k not in regime.ones]
+        for at in range(self.first + 2, self.extra, 4):
+            out += [args[at + 1].shape[1], args[at + 2]]
+        return out
+
+    def tape(self, regime: Regime, module: fx.GraphModule, args: Sequence[Any], start: int, new: int) -> Tape:
+        """Compile the graph for a regime; ``args`` are those of a call, of which rows may differ.
+
+        Raises:
+            Untraceable, NoCompiler: it cannot be.
+        """
+        if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args):
+            raise Untraceable("it is not on a CPU")
+        rows = sympy.S.One if regime.one_row else N
+        known: dict[sympy.Symbol, sympy.Expr] = {self.captured.seq: P + rows - self.captured.lead}
+        known |= {size: sympy.S.One for k, size in self.symbols.items() if k in regime.ones}
+        symbols = [P] if regime.one_row else [P, N]
+        symbols += [size for k, size in self.symbols.items() if k not in regime.ones]
+        batch = sympy.sympify(self.captured.batch).xreplace(known)
+        operands = [self._operand(k, known, args) for k in range(self.first)]
+        operands += [Operand(number=P + rows), Operand(number=P)]
+        for k, at in enumerate(range(self.first + 2, self.extra, 4)):
+            pages, run = sympy.Symbol(f"pages_{k}", integer=True, positive=True), sympy.Symbol(f"run_{k}", integer=True)
+            symbols += [pages, run]
+            operands += [
+                Operand(fixed=args[at]),
+                Operand(sizes=(batch, pages), dtype=torch.int32),
+                Operand(number=run),
+                Operand(sizes=(batch * rows,), dtype=torch.int64),
+            ]
+        for value in args[self.extra :]:
+            if not isinstance(value, torch.Tensor):
+                raise Untraceable("a number that depends on the context")
+            operands.append(Operand(sizes=tuple(map(sympy.Integer, value.shape)), dtype=value.dtype))
+        return Tape(module, operands, dict(zip(symbols, self.numbers(regime, args, start, new), strict=True)))
+
+    def _operand(self, k: int, known: Mapping[sympy.Symbol, sympy.Expr], args: Sequence[Any]) -> Operand:
+        value = self.values[k]
+        if not isinstance(value, torch.Tensor):
+            return Operand(number=sym(value).xreplace(known))
+        if k in self.fixed:
+            return Operand(fixed=args[k])
+        return Operand(sizes=tuple(sym(size).xreplace(known) for size in value.shape), dtype=value.dtype)
+
+
+@dataclass
+class _Made:
+    """A tape, or why there is none."""
+
+    tape: Tape | None
+    reason: str = ""
+    compared: bool = False
+
+
+class Steps:
+    """The tapes of one incremental graph.
+
+    Args:
+        module: the graph that a tape stands for.
+        tiers: ``auto`` compiles in the background, ``compiled`` before the first call that needs it, ``eager`` never.
+        compare: run the first call of each tape op by op as well, and drop the tape where they differ.
+    """
+
+    def __init__(self, captured: Captured, module: fx.GraphModule, slots: int, tiers: str, compare: bool) -> None:
+        self.module, self.tiers, self.compare = module, tiers, compare
+        self.arguments = Arguments(captured, slots)
+        self._lock = threading.Lock()
+        self._made: dict[Regime, list[_Made]] = {}
+        self._pending: dict[Regime, Future[None]] = {}
+        self._said: set[str] = set()
+
+    def run(self, args: Sequence[Any], start: int, rows: int, batch: int) -> tuple[Any, ...] | None:
+        """The outputs of a call, or None where it has to run op by op."""
+        if self.tiers == "eager" or start < _LEAST_CACHED:
+            return None
+        new = rows - start
+        if new * batch > FEW:
+            if batch <= FEW:
+                self._want(self.arguments.regime(args, 1), args, rows, 1)
+            return None
+        regime = self.arguments.regime(args, new)
+        numbers = self.arguments.numbers(regime, args, start, new)
+        if not self._made.get(regime):
+            self._want(regime, args, start, new)
+        for made in self._made.get(regime, ()):
+            # Its memory is that of one call: a second thread runs op by op meanwhile.
+            if made.tape is None or not (lock := made.tape.lock).acquire(blocking=False):
+                return None
+            try:
+                if made.tape.suits(args, numbers):
+                    return self._taken(made, args, numbers)
+            finally:
+                lock.release()
+        self._want(regime, args, start, new)
+        return None
+
+    def _taken(self, made: _Made, args: Sequence[Any], numbers: Sequence[int]) -> tuple[Any, ...] | None:
+        if made.tape is None:
+            return None
+        if made.compared or not self.compare:
+            with torch.no_grad(), contextlib.suppress(OutOfRange):  # the op itself says which index
+                return made.tape(args, numbers)
+            return None
+        with torch.no_grad():
+            expected = self.module.forward(*args)
+            kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in expected]
+            found = made.tape(args, numbers)
+        problems = [difference(a, b) for a, b in zip(found, kept, strict=True)]
+        problem = next((p for p in problems if p), "")
+        made.compared = True
+        if problem:
+            made.tape, made.reason = None, f"the compiled step differs: {problem}"
+            self._say(made.reason)
+            return tuple(kept)
+        return found
+
+    def _want(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> None:
+        """See to it that there is a tape for such calls, soon or now."""
+        with self._lock:
+            held = self._made.get(regime, [])
+            if regime in self._pending or len(held) >= _MOST_MADE or any(m.tape is None for m in held):
+                return
+            future = self._pending[regime] = Future()
+        given = list(args)
+
+        def make() -> None:
+            try:
+                made = self._make(regime, given, start, new)
+                with self._lock:
+                    self._made.setdefault(regime, []).append(made)
+            finally:
+                with self._lock:
+                    del self._pending[regime]
+                future.set_result(None)
+
+        if self.tiers == "compiled":
+            make()
+        else:
+            _workers().submit(make)
+
+    def _make(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> _Made:
+        try:
+            return _Made(self.arguments.tape(regime, self.module, args, start, new))
+        except (Untraceable, NoCompiler) as error:
+            return _Made(None, str(error))
+        except Exception as error:  # a defect of ours costs speed, not an answer
+            log.debug("a step could not be compiled", exc_info=True)
+            self._say(f"a step could not be compiled, and runs op by op: {type(error).__name__}: {error}")
+            return _Made(None, f"{type(error).__name__}: {error}")
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+    def pending(self) -> list[Future[None]]:
+        """What is being made now."""
+        with self._lock:
+            return list(self._pending.values())
+
+    def describe(self) -> list[tuple[str, Tape | None, str]]:
+        """Each regime that has been asked for, with its tape or the reason why there is none."""
+        with self._lock:
+            return [(str(regime), made.tape, made.reason) for regime, held in self._made.items() for made in held]
+
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(1, thread_name_prefix="kvpass-compile", initializer=_step_aside)
+        return _pool
+
+
+def _step_aside() -> None:
+    """The thread, and the compilers that it starts, take what the model leaves over."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICER)

@@ -1,0 +1,12 @@
+"""A decode step as one call into compiled code.
+
+The incremental graph of a few new rows is a long list of small ops between products that stream the weights and
+attentions that stream the cache. Here it becomes a tape: each op a function in C++ that is made once for all places
+where it stands alike, so that thirty equal layers are compiled as one; its operands are places in a table. Memory is
+planned ahead. What C++ has no words for runs as it is written, between two stretches of the tape.
+"""
+
+from kvpass.lowering.tape.tape import OutOfRange, Tape
+from kvpass.lowering.tape.trace import Operand, Untraceable
+
+__all__ = ["Operand", "OutOfRange", "Tape", "Untraceable"]

@@ -1,0 +1,402 @@
+"""The graph of a decode step as instructions over buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from kvpass.ir import Layout
+from kvpass.lowering import build, cpp, cpu, ops
+from kvpass.lowering.specialise import specialise
+from kvpass.lowering.tape.rules import RULES, Writing
+from kvpass.lowering.tape.trace import Operand, Traced, Untraceable, expr_of, is_tensor, memory
+from kvpass.lowering.tape.words import TYPES, NoWords, Value, Words
+
+aten = torch.ops.aten
+PRODUCTS = cpp.SOURCE.with_name("linear.cpp")
+_THREADS = 0  # the place of the number of threads among the numbers of a call
+_PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Buffer:
+    """Memory of one or more values.
+
+    Attributes:
+        tensor: where it is for ever; None for what a call makes or brings.
+        argument: its place among the arguments of a call.
+        address: of a function.
+        made: what it holds, where the tape or an op makes it; ``host`` where an op of PyTorch's does.
+        slot: which piece of scratch memory it is in.
+    """
+
+    tensor: Tensor | None = None
+    argument: int | None = None
+    address: int | None = None
+    made: Value | None = None
+    host: bool = False
+    slot: int | None = None
+    kept: bool = False
+
+
+@dataclass
+class Instruction:
+    """A function of the tape's, with buffers and places of numbers."""
+
+    text: str
+    buffers: list[int]
+    numbers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Host:
+    """An op that runs as it is written, between two stretches of the tape."""
+
+    target: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    out: Any
+    buffers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Product:
+    """Matrices that multiply the same rows."""
+
+    x: Value
+    rows: sympy.Expr
+    matrices: list[tuple[Value, Value | None, Value, bool]]
+    scratch: int
+
+
+class Planner:
+    """From a graph to instructions."""
+
+    def __init__(self, module: fx.GraphModule, traced: Traced, operands: Sequence[Operand]) -> None:
+        self.module, self.traced = module, traced
+        self.symbols = list(traced.symbols.values())
+        self.words = Words({symbol: k + 1 for k, symbol in enumerate(self.symbols)})
+        self.buffers: list[Buffer] = []
+        self.steps: list[Instruction | Host | Product] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.by_memory: dict[int, int] = {}
+        self.by_address: dict[int, int] = {}
+        self.groups: dict[Any, Product] = {}
+        self.copies: dict[Value, Value] = {}
+        placeholders = iter(enumerate(operands))
+        for node in module.graph.nodes:
+            fake = traced.values.get(node)
+            if node.op == "placeholder":
+                self._placeholder(node, fake, *next(placeholders))
+            elif node.op == "get_attr":
+                tensor = functools.reduce(getattr, str(node.target).split("."), module)
+                self.values[node] = self._value(fake, self._add(Buffer(tensor=tensor)))  # type: ignore[arg-type]
+            elif node.op == "call_function":
+                self._call(node, fake)
+            else:
+                self.outputs = fx.map_arg(node.args[0], self.values.__getitem__)
+        for leaf in pytree.tree_leaves(self.outputs, is_leaf=is_value):
+            if isinstance(leaf, Value):
+                self.buffers[leaf.buffer].kept = True
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def _add(self, buffer: Buffer, fake: Any = None) -> int:
+        self.buffers.append(buffer)
+        if fake is not None:
+            self.by_memory[memory(fake)] = len(self.buffers) - 1
+        return len(self.buffers) - 1
+
+    def _value(self, fake: Any, buffer: int | None = None) -> Value:
+        if buffer is not None:
+            self.by_memory[memory(fake)] = buffer
+        where = self.by_memory[memory(fake)]
+        shape, strides = (tuple(map(expr_of, given)) for given in (fake.shape, fake.stride()))
+        return Value(where, fake.dtype, shape, strides, expr_of(fake.storage_offset()))
+
+    def _placeholder(self, node: fx.Node, fake: Any, k: int, operand: Operand) -> None:
+        if operand.number is not None:
+            self.values[node] = expr_of(fake)
+        else:
+            self.values[node] = self._value(fake, self._add(Buffer(tensor=operand.fixed, argument=k)))
+
+    def _number(self, fake: Any) -> Any:
+        if isinstance(fake, torch.SymInt):
+            return expr_of(fake)
+        if isinstance(fake, (torch.SymFloat, torch.SymBool)):
+            raise Untraceable("a number that is made of sizes")
+        return fake
+
+    def _call(self, node: fx.Node, fake: Any) -> None:
+        leaves = pytree.tree_leaves(fake)
+        if not any(is_tensor(leaf) for leaf in leaves):
+            self.values[node] = pytree.tree_map(self._number, fake)
+            return
+        given: Any = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        args, kwargs = given
+        if node.target is ops.append:
+            pool, rows, place, before = args
+            self._append(pool, rows, place, before)
+            self.values[node] = pool
+        elif all(memory(leaf) in self.by_memory for leaf in leaves if is_tensor(leaf)):
+            self.values[node] = pytree.tree_map(lambda x: self._value(x) if is_tensor(x) else self._number(x), fake)
+        else:
+            mark = len(self.steps), len(self.buffers), dict(self.by_memory)
+            try:
+                self.values[node] = self._written(node.target, args, kwargs, fake)
+            except NoWords:
+                del self.steps[mark[0] :], self.buffers[mark[1] :]
+                self.by_memory = mark[2]
+                self.copies = {k: v for k, v in self.copies.items() if v.buffer < mark[1]}
+                self.values[node] = self._hosted(node.target, args, kwargs, fake)
+
+    def _hosted(self, target: Any, args: Any, kwargs: Any, fake: Any) -> Any:
+        def value(x: Any) -> Any:
+            if not is_tensor(x):
+                return self._number(x)
+            if memory(x) not in self.by_memory:
+                made = self._value(x, self._add(Buffer(host=True)))
+                self.buffers[made.buffer].made = made
+            return self._value(x)
+
+        out = pytree.tree_map(value, fake)
+        buffers = [v.buffer for v in pytree.tree_leaves((args, kwargs, out), is_leaf=is_value) if is_value(v)]
+        self.steps.append(Host(target, args, kwargs, out, buffers))
+        return out
+
+    def _made(self, fake: Any) -> Value:
+        made = self._value(fake, self._add(Buffer()))
+        self.buffers[made.buffer].made = made
+        return made
+
+    def _scratch(self, count: sympy.Expr, dtype: torch.dtype, shape: Sequence[sympy.Expr] = ()) -> Value:
+        shape = tuple(shape) or (count,)
+        strides = tuple(sympy.Mul(*shape[k + 1 :]) for k in range(len(shape)))
+        made = Value(self._add(Buffer()), dtype, shape, strides)
+        self.buffers[made.buffer].made = made
+        return made
+
+    def _dense(self, x: Value) -> Value:
+        """The value itself, or a copy without holes."""
+        if x.dense and x.offset == 0:
+            return x
+        if x not in self.copies:
+            self.copies[x] = copy = self._scratch(x.count, x.dtype, x.sizes)
+            self._emit(RULES[aten.clone.default], {"self": x}, copy)
+        return self.copies[x]
+
+    # -- instructions --------------------------------------------------------------------------------------------
+
+    def _written(self, target: Any, args: Any, kwargs: Any, fake: Any) -> Any:
+        if hasattr(target, "lowering"):
+            query, keys, values, start, rows, reads = args
+            return self._attention(target, query, keys, values, start, rows, reads, fake)
+        if target is ops.linear:
+            target = aten.linear.default
+        if not is_tensor(fake) or not hasattr(target, "_schema"):
+            raise NoWords("several results")
+        given = _named(target, args, kwargs)
+        product = self._product(target, given, fake)
+        if product is not None:
+            return product
+        made = RULES.get(target)
+        if made is None:
+            raise NoWords(f"{target}")
+        out = self._made(fake)
+        self._emit(made, given, out)
+        return out
+
+    def _emit(self, made: Callable[[Writing], str], given: Mapping[str, Any], out: Value) -> None:
+        if out.dtype not in TYPES:
+            raise NoWords(f"{out.dtype}")
+        writing = Writing(self.words, dict(given), out)
+        body = made(writing)
+        lines = [
+            f"const {TYPES[x.dtype]}* p{k} = static_cast<const {TYPES[x.dtype]}*>(base[a[{k}]]);"
+            for k, x in enumerate(writing.operands)
+        ]
+        last = len(writing.operands)
+        lines.append(f"{TYPES[out.dtype]}* __restrict out = static_cast<{TYPES[out.dtype]}*>(base[a[{last}]]);")
+        text = "".join(f"  {line}\n" for line in (*lines, body))
+        self.steps.append(Instruction(text, [x.buffer for x in writing.operands] + [out.buffer]))
+
+    def _append(self, pool: Value, rows: Value, place: Value, before: int) -> None:
+        head, tail = rows.sizes[:before], rows.sizes[before + 1 :]
+        to = Value(pool.buffer, pool.dtype, (*head, *tail), (*pool.strides[:before], *pool.strides[before + 2 :]))
+        words, step = self.words, pool.strides[before + 1]
+        if rows.dtype != pool.dtype or pool.dtype not in TYPES:
+            raise Untraceable("rows of another type than their pool")
+
+        def body(index: list[str]) -> str:
+            at = [*index[:before], *index[before + 1 :]]
+            row = words.at(rows, index)
+            return f"out[p1[{index[before]}] * {words.size(step)} + {words.at(to, at)}] = p0[{row}];"
+
+        kind = TYPES[pool.dtype]
+        text = (
+            f"  const {kind}* p0 = static_cast<const {kind}*>(base[a[0]]);\n"
+            f"  const int64_t* p1 = static_cast<const int64_t*>(base[a[1]]);\n"
+            f"  {kind}* __restrict out = static_cast<{kind}*>(base[a[2]]);\n"
+            f"  {words.loops(rows.sizes, body)}\n"
+        )
+        self.steps.append(Instruction(text, [rows.buffer, place.buffer, pool.buffer]))
+
+    def _product(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
+        """A product with a matrix, where it is one."""
+        if target is aten.linear.default:
+            x, weight, bias, turned = given["input"], given["weight"], given.get("bias"), True
+        elif target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
+            x, weight, bias, turned = given["mat1"], given["mat2"], given["self"], False
+        elif target in (aten.mm.default, aten.matmul.default):
+            x, weight, bias, turned = given["self"], given.get("mat2", given.get("other")), None, False
+        else:
+            return None
+        if len(weight.sizes) != 2 or not x.sizes or fake.dtype not in _PRODUCT_TYPES:
+            return None
+        if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
+            return None
+        width = x.sizes[-1]
+        strides = weight.strides if turned else weight.strides[::-1]  # of outputs, of inputs
+        if strides[1] == 1:
+            crossed = False
+        elif strides[0] == 1:
+            crossed = True
+        else:
+            return None
+        out_size = weight.sizes[0 if turned else 1]
+        if bias is not None and (bias.sizes != (out_size,) or bias.strides != (1,)):
+            return None
+        if self.buffers[weight.buffer].tensor is None or (
+            bias is not None and self.buffers[bias.buffer].tensor is None
+        ):
+            return None
+        x = self._dense(x)
+        out = self._made(fake)
+        if not out.dense:
+            raise NoWords("a result with holes")
+        rows = sympy.Mul(*x.sizes[:-1])
+        group = self.groups.get(x)
+        if group is None:
+            scratch = self._scratch(rows * width, torch.float32)
+            group = self.groups[x] = Product(x, rows, [], scratch.buffer)
+            self.steps.append(group)
+        group.matrices.append((weight, bias, out, crossed))
+        return out
+
+    def product(self, group: Product) -> Instruction:
+        """The instruction of matrices that multiply the same rows."""
+        w, places, matrices = self.words, _Places(self.words), []
+        x, width = places.of(group.x), w.size(group.x.sizes[-1])
+        scratch, function = places.buffer(group.scratch), places.buffer(self._function(_products(group.x.dtype)))
+        for weight, bias, out, crossed in group.matrices:
+            features = w.size(out.sizes[-1])
+            row = next((stride for stride in weight.strides if stride != 1), group.x.sizes[-1])
+            where = [places.of(weight), "nullptr" if bias is None else places.of(bias), places.buffer(out.buffer)]
+            matrices.append(f"    {{{', '.join(where)}, {features}, {features}, {w.size(row)}, {int(crossed)}}},\n")
+        text = (
+            f"  const Matrix matrices[] = {{\n{''.join(matrices)}  }};\n"
+            f"  reinterpret_cast<Linear>({function})({x}, {width}, {w.size(group.rows)}, {width}, matrices,\n"
+            f"    {len(matrices)}, s[{_THREADS}], static_cast<float*>({scratch}));\n"
+        )
+        return Instruction(text, places.buffers)
+
+    def _function(self, address: int) -> int:
+        if address not in self.by_address:
+            self.by_address[address] = self._add(Buffer(address=address))
+        return self.by_address[address]
+
+    def _attention(
+        self, target: Any, query: Value, keys: Any, values: Any, start: Any, rows: Any, reads: Any, fake: Any
+    ) -> Value:
+        (spec,), made, w = target.static, cpu.kernel(target.static[0]), self.words
+        query = query if query.strides[3] == 1 else self._dense(query)
+        reads = [self._dense(read) for read in reads]
+        places = _Places(w)
+        decode, prefill = (places.buffer(self._function(x)) for x in (made.decode_address, made.prefill_address))
+        (k, k_page), (v, v_page) = (
+            self._pool(places, given, layout, spec.dtype.itemsize)
+            for given, layout in zip((keys, values), target.layouts, strict=True)
+        )
+        read = [f"{{{places.of(x)}, {{{', '.join(map(w.size, x.strides))}}}}}" for x in reads] or ["{}"]
+        out = self._made(fake)
+        batch, _, new, _ = query.sizes
+        numbers = ", ".join(map(w.size, (batch, new, start, rows)))
+        strides = ", ".join(map(w.size, (*query.strides[:3], *out.strides[:3])))
+        tiles = [cpu.tile(math.gcd(a, b)) for a in (k_page, 0) for b in (v_page, 0)]
+        text = (
+            f"  const Pool k = {k};\n  const Pool v = {v};\n"
+            f"  const int64_t tile = k.size ? v.size ? {tiles[0]} : {tiles[1]} : v.size ? {tiles[2]} : {tiles[3]};\n"
+            f"  const Call<{len(read)}> call{{{places.of(query)}, {places.buffer(out.buffer)}, {numbers},\n"
+            f"    s[{_THREADS}], tile, {strides}, k, v, {{{', '.join(read)}}}}};\n"
+            f"  const bool few = {w.size(new)} * {spec.group} <= {cpu.MOST_DECODED};\n"
+            f"  if (reinterpret_cast<Attention>(few ? {decode} : {prefill})(&call)) return NO_MEMORY;\n"
+        )
+        self.steps.append(Instruction(places.named(text), places.buffers, places.numbers))
+        return out
+
+    def _pool(self, places: _Places, given: Any, layout: Layout | None, item: int) -> tuple[str, int]:
+        """Keys or values in C++, and how many rows a page has."""
+        w = self.words
+        if layout is None:
+            x: Value = given[0] if given[0].strides[3] == 1 else self._dense(given[0])
+            batch, head, row, _ = map(w.size, x.strides)
+            return f"{{{places.of(x)}, nullptr, {batch}, {head}, 0, {row}, 0, 0}}", 0
+        pool, table, run = given
+        (page, step), size = pool.strides[layout.before : layout.before + 2], int(pool.sizes[layout.before + 1])
+        apart = layout.factor * pool.strides[layout.before - 1] if layout.outside else layout.factor
+        where = f"{places.buffer(pool.buffer)}, {places.buffer(table.buffer)}"
+        which = f"{places.number(run)}, {places.number(table.sizes[1])}"
+        return f"paged({where}, {which}, {apart}, {page}, {step}, {size}, {item})", size
+
+
+class _Places:
+    """The operands of an instruction: buffers, and behind them numbers that are another one's in another layer."""
+
+    def __init__(self, words: Words) -> None:
+        self.words, self.buffers, self.numbers = words, list[int](), list[int]()
+
+    def buffer(self, buffer: int) -> str:
+        self.buffers.append(buffer)
+        return f"base[a[{len(self.buffers) - 1}]]"
+
+    def of(self, value: Value) -> str:
+        """The address of its first entry."""
+        base = self.buffer(value.buffer)
+        return base if value.offset == 0 else f"moved({base}, {self.words.size(value.offset * value.dtype.itemsize)})"
+
+    def number(self, symbol: sympy.Symbol) -> str:
+        self.numbers.append(self.words.places[symbol])
+        return f"s[a[@{len(self.numbers) - 1}]]"
+
+    def named(self, text: str) -> str:
+        """A text in which numbers know that they stand behind the buffers."""
+        for k in range(len(self.numbers)):
+            text = text.replace(f"a[@{k}]", f"a[{len(self.buffers) + k}]")
+        return text
+
+
+def is_value(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    schema = target._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+
+
+@functools.cache
+def _products(dtype: torch.dtype) -> int:
+    """The address of the kernel of products; the library stays loaded."""
+    facts = {"general": False, "element": TYPES[dtype]}
+    library = build.load(specialise(PRODUCTS.read_text(), facts, "//"))
+    return ctypes.cast(library.kvpass_linear, ctypes.c_void_p).value or 0

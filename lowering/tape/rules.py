@@ -1,0 +1,829 @@
+"""How an op is written as loops in C++: one rule for each op, or one for a family.
+
+A rule gets the call by name and its operands as `Value`s, and says the body of a function whose operands are ``p0``,
+``p1``, .. and whose result is ``out``. Each op is rounded to its own dtype, as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from kvpass.lowering.tape.words import TYPES, NoWords, Value, Words, merged
+
+aten = torch.ops.aten
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Writing:
+    """One op in the making.
+
+    Attributes:
+        given: its arguments by name; tensors as `Value`, numbers that change from call to call as sympy.
+        out: where its result belongs.
+        operands: the values that it reads, in the order of ``p0``, ``p1``, ..
+    """
+
+    words: Words
+    given: dict[str, Any]
+    out: Value
+    operands: list[Value] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given[name]
+
+    def tensor(self, value: Any) -> Value:
+        if not isinstance(value, Value):
+            raise NoWords("a number where a tensor is read")
+        if value.dtype not in TYPES:
+            raise NoWords(f"{value.dtype}")
+        return value
+
+    def pointer(self, value: Value) -> str:
+        """The name of an operand's memory."""
+        for k, known in enumerate(self.operands):
+            if known.buffer == value.buffer and known.dtype == value.dtype:
+                return f"p{k}"
+        self.operands.append(value)
+        return f"p{len(self.operands) - 1}"
+
+    def load(self, value: Value, index: Sequence[str]) -> str:
+        return f"ld({self.pointer(value)}[{self.words.at(value, index)}])"
+
+    def store(self, index: Sequence[str], what: str, out: Value | None = None) -> str:
+        return f"st(out[{self.words.at(out or self.out, index)}], {what});"
+
+    def size(self, expr: Any) -> str:
+        return self.words.size(expr)
+
+    def loops(self, shape: Sequence[Any], body: Callable[[list[str]], str], first: str = "i") -> str:
+        return self.words.loops(shape, body, first)
+
+
+Rule = Callable[[Writing], str]
+RULES: dict[Any, Rule] = {}
+
+
+def overloads(op: Any) -> list[str]:
+    names: list[str] = op.overloads()
+    return names
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def add(made: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, made))
+        return made
+
+    return add
+
+
+def computed(dtype: torch.dtype) -> str:
+    """What C++ computes with where a tensor has this dtype."""
+    if dtype in _FLOATS:
+        return "float"
+    if dtype is torch.float64:
+        return "double"
+    if dtype in TYPES:
+        return "int64_t"
+    raise NoWords(f"{dtype}")
+
+
+def real(value: Any) -> str:
+    """A number of Python's."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"INT64_C({value})" if -(1 << 63) < value < 1 << 63 else _refuse(f"the number {value}")
+    if isinstance(value, float):
+        if math.isnan(value):
+            return '__builtin_nan("")'
+        return repr(value) if math.isfinite(value) else ("" if value > 0 else "-") + "__builtin_inf()"
+    return _refuse(f"a {type(value).__name__}")
+
+
+def _refuse(what: str) -> str:
+    raise NoWords(what)
+
+
+# ---- entry by entry ------------------------------------------------------------------------------------------------
+
+
+def pointwise(w: Writing, values: Sequence[Any], formula: Callable[..., str], compute: str) -> str:
+    """``out = formula(values)``, broadcast; operands are turned into the type ``compute`` first."""
+    tensors = [w.tensor(v).across(w.out.sizes) for v in values if isinstance(v, Value)]
+    out, *tensors = merged([w.out, *tensors])
+
+    def body(index: list[str]) -> str:
+        mine = iter(tensors)
+        loaded = [
+            f"{compute}({w.load(next(mine), index)})" if isinstance(v, Value) else f"{compute}({_number(w, v)})"
+            for v in values
+        ]
+        return w.store(index, formula(*loaded), out)
+
+    return w.loops(out.sizes, body)
+
+
+def _number(w: Writing, value: Any) -> str:
+    return w.size(value) if isinstance(value, sympy.Basic) else real(value)
+
+
+def _compute(w: Writing, *values: Any) -> str:
+    """The type of an arithmetic op: that of its result, or of its operands where the result is a truth value."""
+    if w.out.dtype is not torch.bool:
+        return computed(w.out.dtype)
+    dtypes = [v.dtype for v in values if isinstance(v, Value)]
+    exact = any(not d.is_floating_point for d in dtypes) or any(isinstance(v, sympy.Basic) for v in values)
+    if torch.float64 in dtypes:
+        return "double"
+    if any(d.is_floating_point for d in dtypes):
+        return "double" if exact else "float"
+    return "double" if any(isinstance(v, float) for v in values) else "int64_t"
+
+
+def _unary(formula: str) -> Rule:
+    def made(w: Writing) -> str:
+        (x,) = (w.given[name] for name in ("self", "input") if name in w.given)
+        return pointwise(w, [x], formula.format, _compute(w, x))
+
+    return made
+
+
+for op, formula in {
+    aten.exp: "exponential({0})",
+    aten.exp2: "exponential({0} * decltype({0})(0.69314718055994530942))",
+    aten.log: "logarithm({0})",
+    aten.log2: "(logarithm({0}) * decltype({0})(1.4426950408889634))",
+    aten.sin: "sine({0})",
+    aten.cos: "cosine({0})",
+    aten.tanh: "hyperbolic({0})",
+    aten.sqrt: "root({0})",
+    aten.rsqrt: "(1 / root({0}))",
+    aten.reciprocal: "(1 / {0})",
+    aten.erf: "error({0})",
+    aten.sigmoid: "sigmoid({0})",
+    aten.silu: "({0} * sigmoid({0}))",
+    aten.relu: "larger({0}, decltype({0})(0))",
+    aten.relu6: "smaller(larger({0}, decltype({0})(0)), decltype({0})(6))",
+    aten.neg: "(-{0})",
+    aten.abs: "magnitude({0})",
+    aten.square: "({0} * {0})",
+    aten.logical_not: "!{0}",
+    aten.isnan: "({0} != {0})",
+    aten.clone: "{0}",
+    aten.contiguous: "{0}",
+    aten.detach: "{0}",
+    aten.lift_fresh_copy: "{0}",
+    aten.alias: "{0}",
+    aten.expand_copy: "{0}",
+}.items():
+    for overload in overloads(op):
+        RULES[getattr(op, overload)] = _unary(formula)
+
+
+@rule(aten.bitwise_not.default)
+def _bitwise_not(w: Writing) -> str:
+    return pointwise(w, [w["self"]], "!{0}".format if w.out.dtype is torch.bool else "~{0}".format, "int64_t")
+
+
+@rule(aten._to_copy.default, *(getattr(aten.to, name) for name in overloads(aten.to)), aten.type_as.default)
+def _to_copy(w: Writing) -> str:
+    x = w.tensor(w["self"])
+    if w.out.dtype is torch.bool:
+        return pointwise(w, [x], "({0} != 0)".format, "double" if x.dtype is torch.float64 else computed(x.dtype))
+    # A float that becomes an integer is cut off; an integer goes through no float.
+    return pointwise(w, [x], "{0}".format, computed(x.dtype))
+
+
+@rule(aten.gelu.default)
+def _gelu(w: Writing) -> str:
+    if w["approximate"] == "tanh":
+        formula = "({0} * T(0.5) * (1 + hyperbolic(T(0.7978845608028654) * ({0} + T(0.044715) * {0} * {0} * {0}))))"
+    else:
+        formula = "({0} * T(0.5) * (1 + error({0} * T(0.70710678118654752440))))"
+    compute = computed(w.out.dtype)
+    return pointwise(w, [w["self"]], formula.replace("T(", compute + "(").format, compute)
+
+
+@rule(aten.softplus.default)
+def _softplus(w: Writing) -> str:
+    beta, limit = real(float(w["beta"])), real(float(w["threshold"]))
+    compute = computed(w.out.dtype)
+    name = "__builtin_log1pf" if compute == "float" else "__builtin_log1p"
+    return pointwise(
+        w,
+        [w["self"]],
+        lambda x: (
+            f"({x} * {compute}({beta}) > {compute}({limit}) ? {x} "
+            f": {name}(exponential({x} * {compute}({beta}))) / {compute}({beta}))"
+        ),
+        compute,
+    )
+
+
+@rule(aten.leaky_relu.default)
+def _leaky(w: Writing) -> str:
+    compute, slope = computed(w.out.dtype), real(float(w["negative_slope"]))
+    return pointwise(w, [w["self"]], lambda x: f"({x} > 0 ? {x} : {x} * {compute}({slope}))", compute)
+
+
+def _with_alpha(sign: str, turned: bool = False) -> Rule:
+    def made(w: Writing) -> str:
+        a, b, alpha = w["self"], w["other"], w.given.get("alpha", 1)
+        if turned:
+            a, b = b, a
+        if w.out.dtype is torch.bool:
+            raise NoWords("a sum of truth values")
+        compute = computed(w.out.dtype)
+        by = "" if alpha == 1 else f"{compute}({_number(w, alpha)}) * "
+        return pointwise(w, [a, b], lambda x, y: f"({x} {sign} {by}{y})", compute)
+
+    return made
+
+
+for overload in ("Tensor", "Scalar"):
+    RULES[getattr(aten.add, overload)] = _with_alpha("+")
+    RULES[getattr(aten.sub, overload)] = _with_alpha("-")
+    RULES[getattr(aten.rsub, overload)] = _with_alpha("-", turned=True)
+
+
+def _binary(formula: str, compute: str | None = None) -> Rule:
+    def made(w: Writing) -> str:
+        a, b = w["self"], w["other"]
+        return pointwise(w, [a, b], formula.format, compute or _compute(w, a, b))
+
+    return made
+
+
+for op, formula in {
+    aten.mul: "({0} * {1})",
+    aten.eq: "({0} == {1})",
+    aten.ne: "({0} != {1})",
+    aten.lt: "({0} < {1})",
+    aten.le: "({0} <= {1})",
+    aten.gt: "({0} > {1})",
+    aten.ge: "({0} >= {1})",
+    aten.remainder: "floor_mod({0}, {1})",
+}.items():
+    for overload in ("Tensor", "Scalar"):
+        RULES[getattr(op, overload)] = _binary(formula)
+RULES[aten.maximum.default] = _binary("larger({0}, {1})")
+RULES[aten.minimum.default] = _binary("smaller({0}, {1})")
+
+
+def _logical(sign: str) -> Rule:
+    """Of truth values; and of whole numbers where the sign counts their bits."""
+
+    def made(w: Writing) -> str:
+        a, b = w["self"], w["other"]
+        dtypes = {v.dtype for v in (a, b) if isinstance(v, Value)}
+        if any(d.is_floating_point for d in dtypes):
+            raise NoWords("bits of a float")
+        return pointwise(w, [a, b], lambda x, y: f"({x} {sign} {y})", "int64_t")
+
+    return made
+
+
+for op, sign in {
+    aten.bitwise_and: "&",
+    aten.bitwise_or: "|",
+    aten.bitwise_xor: "^",
+    aten.__and__: "&",
+    aten.__or__: "|",
+}.items():
+    for overload in ("Tensor", "Scalar"):
+        if overload in overloads(op):
+            RULES[getattr(op, overload)] = _logical(sign)
+RULES[aten.logical_and.default] = _binary("(({0} != 0) & ({1} != 0))")
+RULES[aten.logical_or.default] = _binary("(({0} != 0) | ({1} != 0))")
+RULES[aten.logical_xor.default] = _binary("(({0} != 0) ^ ({1} != 0))")
+
+
+@rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div(w: Writing) -> str:
+    mode = w.given.get("rounding_mode")
+    if mode is None:
+        formula = "({0} / {1})"
+    elif w.out.dtype.is_floating_point:
+        raise NoWords("a division that rounds")
+    else:
+        formula = "({0} / {1})" if mode == "trunc" else "floor_div({0}, {1})"
+    return pointwise(w, [w["self"], w["other"]], formula.format, computed(w.out.dtype))
+
+
+@rule(aten.floor_divide.default, aten.floor_divide.Scalar)
+def _floor_divide(w: Writing) -> str:
+    if w.out.dtype.is_floating_point:
+        raise NoWords("a division that rounds")
+    return pointwise(w, [w["self"], w["other"]], "floor_div({0}, {1})".format, "int64_t")
+
+
+@rule(aten.pow.Tensor_Scalar)
+def _pow(w: Writing) -> str:
+    x, exponent = w["self"], w["exponent"]
+    if isinstance(exponent, sympy.Basic):
+        raise NoWords("a power that changes")
+    compute = computed(w.out.dtype)
+    if exponent in (1, 2, 3):
+        return pointwise(w, [x], lambda v: "(" + " * ".join([v] * int(exponent)) + ")", compute)
+    if compute == "int64_t":
+        if exponent != int(exponent) or exponent < 0:
+            raise NoWords("a power of whole numbers")
+        return pointwise(w, [x], lambda v: f"whole_power({v}, {int(exponent)})", compute)
+    formulas = {0.5: "root({0})", -0.5: "(1 / root({0}))", -1: "(1 / {0})", -2: "(1 / ({0} * {0}))"}
+    formula = formulas.get(exponent, f"power({{0}}, {compute}({real(float(exponent))}))")
+    return pointwise(w, [x], formula.format, compute)
+
+
+@rule(aten.pow.Scalar)
+def _pow_scalar(w: Writing) -> str:
+    compute = computed(w.out.dtype)
+    if compute == "int64_t":
+        raise NoWords("a power of whole numbers")
+    return pointwise(w, [w["self"], w["exponent"]], "power({0}, {1})".format, compute)
+
+
+@rule(aten.pow.Tensor_Tensor)
+def _pow_tensor(w: Writing) -> str:
+    compute = computed(w.out.dtype)
+    if compute == "int64_t":
+        raise NoWords("a power of whole numbers")
+    return pointwise(w, [w["self"], w["exponent"]], "power({0}, {1})".format, compute)
+
+
+@rule(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
+def _clamp(w: Writing) -> str:
+    low = w.given.get("min", w.given.get("min_val"))
+    high = w.given.get("max", w.given.get("max_val"))
+    compute = computed(w.out.dtype)
+    formula = "{0}"
+    values = [w["self"]]
+    for bound, name in ((low, "larger"), (high, "smaller")):
+        if bound is not None:
+            formula = f"{name}({formula}, {{{len(values)}}})"
+            values.append(bound)
+    return pointwise(w, values, formula.format, compute)
+
+
+@rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+def _where(w: Writing) -> str:
+    return _chosen(w, w["condition"], w["self"], w["other"])
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(w: Writing) -> str:
+    return _chosen(w, w["mask"], w["value"], w["self"])
+
+
+def _chosen(w: Writing, condition: Any, yes: Any, no: Any) -> str:
+    if w.tensor(condition).dtype is not torch.bool:
+        raise NoWords("a condition that is no truth value")
+    compute = computed(w.out.dtype)
+    given = [condition, *(v for v in (yes, no) if isinstance(v, Value))]
+    out, condition, *rest = merged([w.out, *(w.tensor(v).across(w.out.sizes) for v in given)])
+
+    def body(index: list[str]) -> str:
+        mine = iter(rest)
+        loaded = [
+            f"{compute}({w.load(next(mine), index)})" if isinstance(v, Value) else f"{compute}({_number(w, v)})"
+            for v in (yes, no)
+        ]
+        return w.store(index, f"{w.load(condition, index)} ? {loaded[0]} : {loaded[1]}", out)
+
+    return w.loops(out.sizes, body)
+
+
+# ---- made from nothing ---------------------------------------------------------------------------------------------
+
+
+def _fill(w: Writing, what: Any) -> str:
+    (out,) = merged([w.out])
+    text = _number(w, what)
+    return w.loops(out.sizes, lambda index: w.store(index, f"{computed(w.out.dtype)}({text})", out))
+
+
+@rule(
+    aten.full.default,
+    aten.full_like.default,
+    aten.new_full.default,
+    aten.fill.Scalar,
+    aten.scalar_tensor.default,
+)
+def _full(w: Writing) -> str:
+    return _fill(w, w.given.get("fill_value", w.given.get("value", w.given.get("s"))))
+
+
+@rule(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def _zeros(w: Writing) -> str:
+    return _fill(w, 0)
+
+
+@rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(w: Writing) -> str:
+    return _fill(w, 1)
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def _arange(w: Writing) -> str:
+    start, step = w.given.get("start", 0), w.given.get("step", 1)
+    compute = computed(w.out.dtype)
+    if compute != "int64_t" and not all(isinstance(v, (int, sympy.Basic)) for v in (start, step)):
+        compute = "double"
+    return w.loops(
+        w.out.sizes,
+        lambda index: w.store(
+            index, f"({compute}({_number(w, start)}) + {compute}({index[0]}) * {compute}({_number(w, step)}))"
+        ),
+    )
+
+
+# ---- entries from other places -------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten._reshape_copy.default, aten.view_copy.default,
+)  # fmt: skip
+def _reshape(w: Writing) -> str:
+    """Where it is no view: the entries in their order."""
+    x = w.tensor(w["self"])
+    if not w.out.dense:
+        raise NoWords("a result with holes")
+    offset = w.size(w.out.offset)
+    return f"int64_t at = {offset}; " + w.loops(x.sizes, lambda index: f"st(out[at++], {w.load(x, index)});")
+
+
+@rule(aten.cat.default, aten.concat.default)
+def _cat(w: Writing) -> str:
+    pieces = [w.tensor(v) for v in w["tensors"]]
+    pieces = [v for v in pieces if len(v.sizes) == len(w.out.sizes)]
+    axis, at, text = int(w["dim"]) % len(w.out.sizes), sympy.S.Zero, []
+    for piece in pieces:
+        part = Value(w.out.buffer, w.out.dtype, piece.sizes, w.out.strides, w.out.offset + at * w.out.strides[axis])
+        to, of = merged([part, piece])
+        text.append(w.loops(to.sizes, lambda index, to=to, of=of: w.store(index, w.load(of, index), to)))  # type: ignore[misc]
+        at = at + piece.sizes[axis]
+    return "\n  ".join(text)
+
+
+@rule(aten.stack.default)
+def _stack(w: Writing) -> str:
+    pieces = [w.tensor(v) for v in w["tensors"]]
+    axis = int(w["dim"]) % len(w.out.sizes)
+    text = []
+    for k, piece in enumerate(pieces):
+        strides = tuple(s for d, s in enumerate(w.out.strides) if d != axis)
+        part = Value(w.out.buffer, w.out.dtype, piece.sizes, strides, w.out.offset + k * w.out.strides[axis])
+        to, of = merged([part, piece])
+        text.append(w.loops(to.sizes, lambda index, to=to, of=of: w.store(index, w.load(of, index), to)))  # type: ignore[misc]
+    return "\n  ".join(text)
+
+
+@rule(aten.repeat.default)
+def _repeat(w: Writing) -> str:
+    x = w.tensor(w["self"])
+    more = len(w.out.sizes) - len(x.sizes)
+
+    def body(index: list[str]) -> str:
+        own = [
+            i if size == whole else "0" if size == 1 else f"{i} % {w.size(size)}"
+            for i, size, whole in zip(index[more:], x.sizes, w.out.sizes[more:], strict=True)
+        ]
+        return w.store(index, w.load(x, own))
+
+    return w.loops(w.out.sizes, body)
+
+
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(w: Writing) -> str:
+    x, times = w.tensor(w["self"]), w["repeats"]
+    if w["dim"] is None:
+        raise NoWords("a repetition of all entries")
+    axis = int(w["dim"]) % len(x.sizes)
+
+    def body(index: list[str]) -> str:
+        own = [f"{i} / {_number(w, times)}" if k == axis else i for k, i in enumerate(index)]
+        return w.store(index, w.load(x, own))
+
+    return w.loops(w.out.sizes, body)
+
+
+def _checked(w: Writing, index: str, size: Any, wraps: bool) -> str:
+    """Statements that make ``j`` a valid index, or end the call."""
+    wrap = f"if (j < 0) j += {w.size(size)}; " if wraps else ""
+    return f"int64_t j = {index}; {wrap}if (j < 0 || j >= {w.size(size)}) return OUT_OF_RANGE; "
+
+
+def _whole(value: Value) -> Value:
+    if value.dtype not in (torch.int64, torch.int32):
+        raise NoWords(f"indices of {value.dtype}")
+    return value
+
+
+@rule(aten.embedding.default)
+def _embedding(w: Writing) -> str:
+    weight, ids = w.tensor(w["weight"]), _whole(w.tensor(w["indices"]))
+    many = len(ids.sizes)
+    row = Value(weight.buffer, weight.dtype, weight.sizes[1:], weight.strides[1:], weight.offset)
+    to = Value(w.out.buffer, w.out.dtype, w.out.sizes[many:], w.out.strides[many:])
+
+    def body(index: list[str]) -> str:
+        head = Value(w.out.buffer, w.out.dtype, w.out.sizes[:many], w.out.strides[:many], w.out.offset)
+        place = f"const int64_t to = {w.words.at(head, index)}, of = j * {w.size(weight.strides[0])}; "
+        inner = w.loops(
+            row.sizes,
+            lambda k: f"st(out[to + {w.words.at(to, k)}], ld({w.pointer(weight)}[of + {w.words.at(row, k)}]));",
+            "k",
+        )
+        return _checked(w, w.load(ids, index), weight.sizes[0], False) + place + inner
+
+    return w.loops(ids.sizes, body)
+
+
+@rule(aten.index_select.default)
+def _index_select(w: Writing) -> str:
+    x, ids = w.tensor(w["self"]), _whole(w.tensor(w["index"]))
+    axis = int(w["dim"]) % len(x.sizes)
+
+    def body(index: list[str]) -> str:
+        own = [*index[:axis], "j", *index[axis + 1 :]]
+        return _checked(w, w.load(ids, [index[axis]]), x.sizes[axis], False) + w.store(index, w.load(x, own))
+
+    return w.loops(w.out.sizes, body)
+
+
+@rule(aten.gather.default)
+def _gather(w: Writing) -> str:
+    x, ids = w.tensor(w["self"]), _whole(w.tensor(w["index"]))
+    axis = int(w["dim"]) % len(x.sizes)
+
+    def body(index: list[str]) -> str:
+        own = [*index[:axis], "j", *index[axis + 1 :]]
+        return _checked(w, w.load(ids, index), x.sizes[axis], False) + w.store(index, w.load(x, own))
+
+    return w.loops(w.out.sizes, body)
+
+
+@rule(aten.index.Tensor)
+def _index(w: Writing) -> str:
+    """Whole axes, and neighbouring ones by tensors of places."""
+    x, places = w.tensor(w["self"]), list(w["indices"])
+    places += [None] * (len(x.sizes) - len(places))
+    given = [k for k, p in enumerate(places) if p is not None]
+    if not given or given != list(range(given[0], given[-1] + 1)):
+        raise NoWords("places of axes that are apart")
+    ids = [_whole(w.tensor(places[k])) for k in given]
+    many = max(len(p.sizes) for p in ids)
+    shape = w.out.sizes[given[0] : given[0] + many]
+    ids = [p.across(shape) for p in ids]
+
+    def body(index: list[str]) -> str:
+        inner = index[given[0] : given[0] + many]
+        own, text = [*index[: given[0]]], ""
+        for axis, p in zip(given, ids, strict=True):
+            name, size = f"j{axis}", w.size(x.sizes[axis])
+            text += f"int64_t {name} = {w.load(p, inner)}; if ({name} < 0) {name} += {size}; "
+            text += f"if ({name} < 0 || {name} >= {size}) return OUT_OF_RANGE; "
+            own.append(name)
+        return text + w.store(index, w.load(x, [*own, *index[given[0] + many :]]))
+
+    return w.loops(w.out.sizes, body)
+
+
+def _triangle(sign: str) -> Rule:
+    def made(w: Writing) -> str:
+        x = w.tensor(w["self"])
+        diagonal = _number(w, w["diagonal"])
+        return w.loops(
+            w.out.sizes,
+            lambda i: w.store(i, f"{i[-1]} - {i[-2]} {sign} {diagonal} ? {w.load(x, i)} : decltype({w.load(x, i)})(0)"),
+        )
+
+    return made
+
+
+RULES[aten.tril.default], RULES[aten.triu.default] = _triangle("<="), _triangle(">=")
+
+
+@rule(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(w: Writing) -> str:
+    if w.given.get("mode", "constant") != "constant":
+        raise NoWords("a padding that repeats entries")
+    x, amounts, rank = w.tensor(w["self"]), list(w["pad"]), len(w.out.sizes)
+    fill = w["value"] if w["value"] is not None else 0
+    firsts = [amounts[2 * (rank - 1 - d)] if 2 * (rank - 1 - d) < len(amounts) else 0 for d in range(rank)]
+
+    def body(index: list[str]) -> str:
+        moved = [i if f == 0 else f"({i} - ({_number(w, f)}))" for i, f in zip(index, firsts, strict=True)]
+        inside = " && ".join(
+            f"{i} >= 0 && {i} < {w.size(size)}"
+            for i, size, whole in zip(moved, x.sizes, w.out.sizes, strict=True)
+            if size != whole
+        )
+        value = w.load(x, moved)
+        return w.store(index, f"({inside or 'true'}) ? {value} : decltype({value})({_number(w, fill)})")
+
+    return w.loops(w.out.sizes, body)
+
+
+# ---- along an axis -------------------------------------------------------------------------------------------------
+
+
+def _reduced(w: Writing, first: str, step: str, last: str = "{0}", simd: str = "") -> str:
+    """``y = first``, then ``step`` for each entry ``x`` of the reduced axes, then ``last`` of ``y`` and the count."""
+    (x,) = (w.tensor(w.given[name]) for name in ("self", "input") if name in w.given)
+    dims = w.given.get("dim")
+    dims = list(range(len(x.sizes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    dims = sorted(int(d) % len(x.sizes) for d in dims)
+    kept = [d for d in range(len(x.sizes)) if d not in dims]
+    keeps = bool(w.given.get("keepdim", False)) and len(w.out.sizes) == len(x.sizes)
+    compute = computed(w.out.dtype if w.out.dtype is not torch.bool else x.dtype)
+    if compute != computed(x.dtype) and computed(x.dtype) != "int64_t":
+        raise NoWords("a sum in another type")
+
+    def body(index: list[str]) -> str:
+        def inner(k: list[str]) -> str:
+            own = [""] * len(x.sizes)
+            for d, i in zip(kept, index, strict=True):
+                own[d] = i
+            for d, i in zip(dims, k, strict=True):
+                own[d] = i
+            return step.format(f"{compute}({w.load(x, own)})")
+
+        to = [""] * len(x.sizes)
+        for d, i in zip(kept, index, strict=True):
+            to[d] = i
+        place = ["0" if d in dims else to[d] for d in range(len(x.sizes))] if keeps else index
+        count = w.size(sympy.Mul(*[x.sizes[d] for d in dims]))
+        pragma = f'\n_Pragma("omp simd reduction({simd}:y)")\n' if simd and len(dims) == 1 else ""
+        inside = w.loops([x.sizes[d] for d in dims], inner, "k")
+        head = f"{compute} y = {first.format(compute)}; "
+        return head + pragma + inside + w.store(place, last.format("y", count))
+
+    return w.loops([x.sizes[d] for d in kept], body)
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList)
+def _sum(w: Writing) -> str:
+    return _reduced(w, "0", "y += {0};", simd="+")
+
+
+@rule(aten.mean.default, aten.mean.dim)
+def _mean(w: Writing) -> str:
+    return _reduced(w, "0", "y += {0};", "{0} / decltype({0})({1})", simd="+")
+
+
+@rule(aten.amax.default)
+def _amax(w: Writing) -> str:
+    lowest = "-__builtin_inf()" if w.out.dtype.is_floating_point else "INT64_MIN"
+    return _reduced(w, lowest, "y = larger({0}, y);")
+
+
+@rule(aten.amin.default)
+def _amin(w: Writing) -> str:
+    highest = "__builtin_inf()" if w.out.dtype.is_floating_point else "INT64_MAX"
+    return _reduced(w, highest, "y = smaller({0}, y);")
+
+
+@rule(aten.any.default, aten.any.dim, aten.any.dims)
+def _any(w: Writing) -> str:
+    return _reduced(w, "0", "y = y != 0 || {0} != 0;", "({0} != 0)")
+
+
+@rule(aten.all.default, aten.all.dim, aten.all.dims)
+def _all(w: Writing) -> str:
+    return _reduced(w, "1", "y = y != 0 && {0} != 0;", "({0} != 0)")
+
+
+@rule(aten.cumsum.default)
+def _cumsum(w: Writing) -> str:
+    x = w.tensor(w["self"])
+    axis, compute = int(w["dim"]) % len(x.sizes), computed(w.out.dtype)
+    if computed(x.dtype) != compute and computed(x.dtype) != "int64_t":
+        raise NoWords("a sum in another type")
+    rest = [sympy.S.One if d == axis else size for d, size in enumerate(x.sizes)]
+
+    def body(index: list[str]) -> str:
+        def inner(k: list[str]) -> str:
+            own = [*index[:axis], k[0], *index[axis + 1 :]]
+            return f"y += {compute}({w.load(x, own)}); " + w.store(own, "y")
+
+        return f"{compute} y = 0; " + w.loops([x.sizes[axis]], inner, "k")
+
+    return w.loops(rest, body)
+
+
+def _normalised(log: bool, safe: bool = False) -> Rule:
+    def made(w: Writing) -> str:
+        x = w.tensor(w["self"])
+        axis = int(w["dim"]) % len(x.sizes) if x.sizes else 0
+        compute = computed(w.out.dtype)
+        rest = [sympy.S.One if d == axis else size for d, size in enumerate(x.sizes)]
+
+        def body(index: list[str]) -> str:
+            def over(step: Callable[[str, list[str]], str]) -> str:
+                def inner(k: list[str]) -> str:
+                    own = [*index[:axis], k[0], *index[axis + 1 :]]
+                    return step(f"{compute}({w.load(x, own)})", own)
+
+                return w.loops([x.sizes[axis]], inner, "k")
+
+            empty = f"if (most == -{compute}(INFINITE)) most = 0; " if safe else ""
+            total = "sum == 0 ? 0 : " if safe else ""
+            result = (
+                (lambda v, own: w.store(own, f"{v} - most - all"))
+                if log
+                else (lambda v, own: w.store(own, f"{total}exponential({v} - most) / sum"))
+            )
+            after = "const auto all = logarithm(sum); " if log else ""
+            return (
+                f"{compute} most = -INFINITE, sum = 0; "
+                + over(lambda v, _: f"most = larger({v}, most);")
+                + empty
+                + over(lambda v, _: f"sum += exponential({v} - most);")
+                + after
+                + over(result)
+            )
+
+        return w.loops(rest, body)
+
+    return made
+
+
+for target in (aten.softmax.int, aten._softmax.default):
+    RULES[target] = _normalised(log=False)
+for target in (aten.log_softmax.int, aten._log_softmax.default):
+    RULES[target] = _normalised(log=True)
+RULES[aten._safe_softmax.default] = _normalised(log=False, safe=True)
+
+
+def _centred(w: Writing, mean: bool) -> str:
+    x, shape = w.tensor(w["input"]), list(w["normalized_shape"])
+    if len(shape) != 1:
+        raise NoWords("a norm over several axes")
+    compute, size = computed(w.out.dtype), w.size(x.sizes[-1])
+    eps = w["eps"]
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    scale, shift = w.given.get("weight"), w.given.get("bias")
+
+    def body(index: list[str]) -> str:
+        def over(text: Callable[[str, str], str], simd: bool = True) -> str:
+            def inner(k: list[str]) -> str:
+                return text(f"{compute}({w.load(x, [*index, k[0]])})", k[0])
+
+            pragma = '\n_Pragma("omp simd reduction(+:y)")\n' if simd else ""
+            return pragma + w.loops([x.sizes[-1]], inner, "k")
+
+        def result(v: str, k: str) -> str:
+            y = f"({v} - middle) * by" if mean else f"{v} * by"
+            if scale is not None:
+                y = f"({y}) * {compute}({w.load(w.tensor(scale), [k])})"
+            if shift is not None:
+                y = f"{y} + {compute}({w.load(w.tensor(shift), [k])})"
+            return w.store([*index, k], y)
+
+        text = f"{compute} y = 0; "
+        if mean:
+            text += over(lambda v, _: f"y += {v};") + f"const {compute} middle = y / {size}; y = 0; "
+        centred = "- middle" if mean else ""
+        text += over(lambda v, _: f"y += ({v} {centred}) * ({v} {centred});")
+        text += f"const {compute} by = 1 / root(y / {size} + {compute}({real(float(eps))})); "
+        return text + over(result, simd=False)
+
+    return w.loops(x.sizes[:-1], body)
+
+
+RULES[aten.layer_norm.default] = lambda w: _centred(w, mean=True)
+RULES[aten.rms_norm.default] = lambda w: _centred(w, mean=False)
+
+
+# ---- products of little matrices -----------------------------------------------------------------------------------
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def _matmul(w: Writing) -> str:
+    """Straight loops: weights go to a kernel of their own, and what is left is small."""
+    (a, b) = (w.tensor(w["self"]), w.tensor(w.given.get("other", w.given.get("mat2"))))
+    if len(a.sizes) < 2 or len(b.sizes) < 2:
+        raise NoWords("a product with a vector")
+    compute = computed(w.out.dtype)
+    a = a.across([*w.out.sizes[:-2], *a.sizes[-2:]])
+    b = b.across([*w.out.sizes[:-2], *b.sizes[-2:]])
+
+    def body(index: list[str]) -> str:
+        *batch, i, j = index
+
+        def inner(k: list[str]) -> str:
+            return f"y += {compute}({w.load(a, [*batch, i, k[0]])}) * {compute}({w.load(b, [*batch, k[0], j])});"
+
+        pragma = '\n_Pragma("omp simd reduction(+:y)")\n'
+        return f"{compute} y = 0; " + pragma + w.loops([a.sizes[-1]], inner, "k") + w.store(index, "y")
+
+    return w.loops(w.out.sizes, body)

@@ -1,0 +1,258 @@
+"""Instructions as machine code, memory for their buffers, and the call."""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions as sizes
+
+from kvpass.lowering import build, cpp
+from kvpass.lowering.specialise import specialise
+from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
+from kvpass.lowering.tape.trace import Operand, Traced, trace
+from kvpass.lowering.tape.words import Value
+
+SOURCE = cpp.SOURCE.with_name("tape.cpp")
+
+
+class OutOfRange(IndexError):
+    """An index that the model's own op would have refused."""
+
+
+_PYTHON: Mapping[str, Any] = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "PythonMod": operator.mod,
+    "Mod": operator.mod,
+    "Max": max,
+    "Min": min,
+}
+
+
+def _numbers(symbols: Sequence[sympy.Symbol], wanted: Sequence[Any]) -> Callable[..., list[Any]]:
+    """What these expressions are for the numbers of a call."""
+    plain = [
+        e.replace(sizes.FloorDiv, lambda a, b: sympy.Function("FloorDiv")(a, b)) if hasattr(e, "replace") else e
+        for e in wanted
+    ]
+    made: Callable[..., list[Any]] = sympy.lambdify(list(symbols), plain, modules=[dict(_PYTHON), "math"], cse=False)
+    return made
+
+
+class Tape:
+    """One decode step, compiled.
+
+    Args:
+        module: the incremental graph.
+        operands: what its arguments are, in order.
+        hints: a value of each symbol, in the order in which a call gives their values.
+
+    Raises:
+        Untraceable: an op needs to know contents before it runs.
+        NoCompiler: nothing can be compiled here.
+    """
+
+    def __init__(self, module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sympy.Symbol, int]) -> None:
+        traced = trace(module, operands, hints)
+        plan = Planner(module, traced, operands)
+        self.lock = threading.Lock()
+        self.buffers, self.outputs = plan.buffers, plan.outputs
+        steps = [plan.product(step) if isinstance(step, Product) else step for step in plan.steps]
+        self.hosts = [step for step in steps if isinstance(step, Host)]
+        self._share(steps)
+        self._assemble(steps)
+        self._prepare(plan.symbols, traced)
+
+    def _share(self, steps: Sequence[Instruction | Host]) -> None:
+        """Buffers that are never needed at the same time, and have one size, share memory."""
+        last: dict[int, int] = {}
+        for k, step in enumerate(steps):
+            last.update(dict.fromkeys(step.buffers, k))
+        self.slots: list[sympy.Expr] = []
+        free: dict[sympy.Expr, list[int]] = {}
+        seen: set[int] = set()
+        for k, step in enumerate(steps):
+            mine = dict.fromkeys(step.buffers)
+            for b in mine:
+                buffer = self.buffers[b]
+                if b in seen or buffer.made is None or buffer.host or buffer.kept:
+                    continue
+                seen.add(b)
+                size = sympy.expand(buffer.made.count * buffer.made.dtype.itemsize)
+                if not free.get(size):
+                    self.slots.append(size)
+                    free.setdefault(size, []).append(len(self.slots) - 1)
+                buffer.slot = free[size].pop()
+            for b in mine:
+                if last[b] == k and (slot := self.buffers[b].slot) is not None:
+                    free[self.slots[slot]].append(slot)
+
+    def _assemble(self, steps: Sequence[Instruction | Host]) -> None:
+        """One function for equal texts, and a table of what to call."""
+        texts: dict[str, int] = {}
+        table: list[tuple[int, int]] = []
+        operands: list[int] = []
+        self.stretches: list[tuple[int, int] | Host] = []
+        begin = 0
+        for step in steps:
+            if isinstance(step, Host):
+                if len(table) > begin:
+                    self.stretches.append((begin, len(table)))
+                begin = len(table)
+                self.stretches.append(step)
+                continue
+            table.append((texts.setdefault(step.text, len(texts)), len(operands)))
+            operands += [*step.buffers, *step.numbers]
+        if len(table) > begin:
+            self.stretches.append((begin, len(table)))
+        head = "int f{0}(void* const* base, const int32_t* a, const int64_t* s) {{\n"
+        functions = [head.format(k) + text + "  return 0;\n}\n" for text, k in texts.items()]
+        names = ", ".join(f"f{k}" for k in range(len(texts))) or "nullptr"
+        functions.append(f"constexpr Function FUNCTIONS[] = {{{names}}};")
+        self.source = specialise(SOURCE.read_text(), {"functions": "\n".join(functions)}, "//")
+        self.functions, self.instructions = len(texts), len(table)
+        library = build.load(self.source)
+        self._run = library.kvpass_tape
+        self._run.restype = ctypes.c_int
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+        self._table = np.array(table or [(0, 0)], np.int32)
+        self._operands = np.array(operands or [0], np.int32)
+
+    def _prepare(self, symbols: Sequence[sympy.Symbol], traced: Traced) -> None:
+        self._base = np.zeros(max(1, len(self.buffers)), np.uint64)
+        self._size = _numbers(symbols, self.slots)
+        self._memory: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
+        self._of_slot: list[list[int]] = [[] for _ in self.slots]
+        self._inputs: list[tuple[int, int]] = []
+        self._fixed: list[tuple[int, int]] = []
+        self._fresh: list[int] = []
+        for b, buffer in enumerate(self.buffers):
+            if buffer.tensor is not None:
+                self._base[b] = buffer.tensor.data_ptr()
+                if buffer.argument is not None:
+                    self._fixed.append((b, buffer.argument))
+            elif buffer.address is not None:
+                self._base[b] = buffer.address
+            elif buffer.argument is not None:
+                self._inputs.append((b, buffer.argument))
+            elif buffer.slot is not None:
+                self._of_slot[buffer.slot].append(b)
+            elif buffer.made is not None and not buffer.host:
+                self._fresh.append(b)
+        guards = [g for g in traced.guards if g is not sympy.true]
+        self._guard = _numbers(symbols, guards)
+        used: dict[Any, None] = {}
+        shown = [
+            self.outputs,
+            [(h.args, h.kwargs, h.out) for h in self.hosts],
+            [self.buffers[b].made for b in self._fresh],
+        ]
+        for leaf in pytree.tree_leaves(shown, is_leaf=is_value):
+            parts = (*leaf.sizes, *leaf.strides, leaf.offset) if isinstance(leaf, Value) else (leaf,)
+            used.update(dict.fromkeys(p for p in parts if isinstance(p, sympy.Basic)))
+        self._shown = list(used)
+        self._show = _numbers(symbols, self._shown)
+
+    def suits(self, args: Sequence[Any], numbers: Sequence[int]) -> bool:
+        """Whether the tape was made for such a call. Weights and pools may have moved; the caller holds the lock."""
+        for b, argument in self._fixed:
+            was, now = self.buffers[b].tensor, args[argument]
+            if now is was:
+                continue
+            assert was is not None
+            if now.shape != was.shape or now.stride() != was.stride() or now.dtype != was.dtype:
+                return False
+            self.buffers[b].tensor, self._base[b] = now, now.data_ptr()
+        return all(self._guard(*numbers))
+
+    def __call__(self, args: Sequence[Any], numbers: Sequence[int]) -> tuple[Any, ...]:
+        """The outputs of a call; the caller holds the lock.
+
+        Args:
+            args: those of the graph.
+            numbers: the values of the symbols.
+
+        Raises:
+            OutOfRange: an index is not in its table.
+            MemoryError: no memory for the scratch of an attention.
+        """
+        base = self._base
+        for k, (size, memory_) in enumerate(zip(self._size(*numbers), self._memory, strict=True)):
+            if size > memory_.numel():
+                self._memory[k] = made = torch.empty(size + size // 4 + 64, dtype=torch.uint8)
+                base[self._of_slot[k]] = made.data_ptr()
+        tensors: dict[int, Tensor] = {}
+        addresses: dict[int, int] = {}
+        for b, argument in self._inputs:
+            tensor = args[argument]
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+            tensors[b] = tensor
+            address = addresses.get(id(tensor))
+            if address is None:
+                address = addresses[id(tensor)] = tensor.data_ptr()
+            base[b] = address
+        shown = dict(zip(self._shown, self._show(*numbers), strict=True))
+        for b in self._fresh:
+            made_ = self.buffers[b].made
+            assert made_ is not None
+            tensors[b] = made = torch.empty_strided(
+                [int(shown[x]) for x in made_.sizes], [int(shown[x]) for x in made_.strides], dtype=made_.dtype
+            )
+            base[b] = made.data_ptr()
+        s = np.array([torch.get_num_threads(), *numbers], np.int64)
+        for stretch in self.stretches:
+            if isinstance(stretch, Host):
+                self._host(stretch, tensors, shown)
+                continue
+            failed = self._run(
+                self._table.ctypes.data, *stretch, self._operands.ctypes.data, base.ctypes.data, s.ctypes.data
+            )
+            if failed:
+                raise MemoryError("no memory for the scratch of an attention") if failed == 1 else OutOfRange()
+        return tuple(self._shown_as(leaf, tensors, shown) for leaf in self.outputs)
+
+    def _shown_as(self, what: Any, tensors: Mapping[int, Tensor], shown: Mapping[Any, Any]) -> Any:
+        """A value as a tensor, a number as Python has it."""
+        if not isinstance(what, Value):
+            return int(shown[what]) if isinstance(what, sympy.Basic) else what
+        buffer = self.buffers[what.buffer]
+        shape, strides = [int(shown[x]) for x in what.sizes], [int(shown[x]) for x in what.strides]
+        offset = int(shown[what.offset])
+        if buffer.slot is not None:
+            flat = self._memory[buffer.slot]
+            whole = flat[: flat.numel() // what.dtype.itemsize * what.dtype.itemsize].view(what.dtype)
+            return whole.as_strided(shape, strides, offset)
+        tensor = buffer.tensor if buffer.tensor is not None else tensors[what.buffer]
+        if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
+            return tensor
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+    def _host(self, host: Host, tensors: dict[int, Tensor], shown: Mapping[Any, Any]) -> None:
+        def given(x: Any) -> Any:
+            return self._shown_as(x, tensors, shown)
+
+        args, kwargs = pytree.tree_map(given, (host.args, host.kwargs), is_leaf=is_value)
+        results = pytree.tree_leaves(host.target(*args, **kwargs))
+        for value, result in zip(pytree.tree_leaves(host.out, is_leaf=is_value), results, strict=True):
+            if not isinstance(value, Value) or (
+                self.buffers[value.buffer].made is not value and value != self.buffers[value.buffer].made
+            ):
+                continue
+            shape, strides = [int(shown[x]) for x in value.sizes], [int(shown[x]) for x in value.strides]
+            if list(result.shape) != shape or result.dtype != value.dtype:
+                raise RuntimeError(f"{host.target} made {tuple(result.shape)} where {tuple(shape)} was expected")
+            if list(result.stride()) != strides:
+                copy = torch.empty_strided(shape, strides, dtype=value.dtype)
+                result = copy.copy_(result)
+            tensors[value.buffer] = result
+            self._base[value.buffer] = result.data_ptr()

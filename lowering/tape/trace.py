@@ -1,0 +1,158 @@
+"""The sizes of every value of an incremental graph, over the numbers that change from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from sympy import Expr
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from kvpass.lowering import ops
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One argument of the graph.
+
+    Attributes:
+        number: for a number, what it is, over the symbols; None for a tensor.
+        sizes: of a dense tensor.
+        fixed: a weight or a pool, whose memory stays where it is as long as the tape lives.
+    """
+
+    number: Expr | None = None
+    sizes: tuple[Expr, ...] = ()
+    dtype: torch.dtype = torch.float32
+    fixed: torch.Tensor | None = None
+
+
+class Untraceable(RuntimeError):
+    """A size or a number is not known before the call."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Attributes:
+    values: by node, fake tensors and numbers.
+    symbols: those of the operands, in the graph's own symbols.
+    guards: what must hold of a call.
+    """
+
+    values: Mapping[fx.Node, Any]
+    symbols: Mapping[sympy.Symbol, sympy.Symbol]
+    guards: tuple[sympy.Basic, ...]
+
+
+def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sympy.Symbol, int]) -> Traced:
+    """Run a graph on tensors without contents.
+
+    Args:
+        hints: a value of each symbol; no size that is one of them is taken to be it for ever.
+
+    Raises:
+        Untraceable: an op needs to know contents.
+    """
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    numbers, own = {}, {}
+    for name, hint in hints.items():
+        source = ConstantSource(f"__tape_{name}")
+        symbol = env.create_symbol(
+            hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None, positive=name.is_positive or None,
+            do_not_specialize_zero_one=True,
+        )  # fmt: skip
+        numbers[name] = env.create_symintnode(symbol, hint=hint, source=source)
+        own[name] = symbol
+
+    def number(expr: Expr) -> Any:
+        if expr.is_Integer:
+            return int(expr)
+        return sympy_interp(PythonReferenceAnalysis, numbers, expr)
+
+    def fake(operand: Operand) -> Any:
+        if operand.number is not None:
+            return number(operand.number)
+        if operand.fixed is not None:
+            return _static(mode, operand.fixed)
+        return torch.empty([number(size) for size in operand.sizes], dtype=operand.dtype)
+
+    values: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = fake(next(given))
+            elif node.op == "get_attr":
+                values[node] = _static(mode, _attribute(module, str(node.target)))
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                try:
+                    values[node] = _value(node.target, args, kwargs)
+                except Exception as error:
+                    raise Untraceable(f"{node.name}: {type(error).__name__}: {error}") from error
+            elif node.op != "output":
+                raise Untraceable(f"{node.name} is a call of {node.op}")
+    guards = tuple(guard.expr for guard in env.guards)
+    return Traced(values, own, guards)
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _static(mode: FakeTensorMode, tensor: torch.Tensor) -> Any:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise Untraceable(f"a {type(tensor).__name__}")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+def _value(target: Any, args: Any, kwargs: Any) -> Any:
+    if target is ops.append:
+        return args[0]
+    if target is ops.read:
+        pool, table, _, length, before = args
+        return torch.empty([table.shape[0], *pool.shape[:before], length, *pool.shape[before + 2 :]], dtype=pool.dtype)
+    if target is ops.linear:
+        return F.linear(*args, **kwargs)
+    if target is ops.experts:
+        x, weight, _ = args
+        return torch.empty([*x.shape[:2], weight.shape[2]], dtype=x.dtype)
+    if hasattr(target, "lowering"):
+        (spec,), query = target.static, args[0]
+        batch, heads, new, _ = query.shape
+        return torch.empty([batch, new, heads, spec.value_size], dtype=spec.dtype).transpose(1, 2)
+    return target(*args, **kwargs)
+
+
+def expr_of(value: Any) -> Expr:
+    """A size as sympy, over the graph's own symbols."""
+    if isinstance(value, torch.SymInt):
+        if free_unbacked_symbols(value):
+            raise Untraceable("a size that depends on contents")
+        expr: Expr = value.node.expr
+        return expr
+    return sympy.Integer(int(value))
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def memory(value: FakeTensor) -> int:
+    """The same for two values that share memory."""
+    place: int = value.untyped_storage()._cdata
+    return place
