@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kvpass.frontend import explain as explain
     from kvpass.frontend import reports as reports
     from kvpass.frontend import wait as wait
+    from kvpass.generation import Session as Session
+    from kvpass.generation import generate as generate
+    from kvpass.generation import open as open
+    from kvpass.generation import stream as stream
     from kvpass.report import Report as Report
     from kvpass.runtime import default_cache as default_cache
 
@@ -27,10 +31,14 @@ _HOMES = {
     "Cache": "kvpass.cache",
     "CacheStats": "kvpass.cache",
     "Report": "kvpass.report",
+    "Session": "kvpass.generation",
     "compile": "kvpass.frontend",
     "default_cache": "kvpass.runtime",
     "explain": "kvpass.frontend",
+    "generate": "kvpass.generation",
+    "open": "kvpass.generation",
     "reports": "kvpass.frontend",
+    "stream": "kvpass.generation",
     "wait": "kvpass.frontend",
 }
 _MODULES = frozenset({"errors"})
@@ -40,6 +48,10 @@ __all__ = [  # noqa: RUF022 (in the order a reader meets them)
     "explain",
     "reports",
     "wait",
+    "generate",
+    "stream",
+    "open",
+    "Session",
     "Report",
     "Cache",
     "CacheStats",

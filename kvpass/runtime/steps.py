@@ -142,12 +142,12 @@ class Steps:
 
     def run(self, args: Sequence[Any], start: int, rows: int, batch: int) -> tuple[Any, ...] | None:
         """The outputs of a call, or None where it has to run op by op."""
-        if self.tiers == "eager" or start < _LEAST_CACHED:
-            return None
         new = rows - start
-        if new * batch > FEW:
-            if batch <= FEW:
-                self._want(self.arguments.regime(args, 1), args, rows, 1)
+        if self.tiers == "eager" or rows < _LEAST_CACHED:
+            return None
+        if new * batch > FEW or start < _LEAST_CACHED:
+            if batch <= FEW and not self._made.get(regime := self.arguments.regime(args, 1)):
+                self._want(regime, args, rows, 1)  # one row is what comes next
             return None
         regime = self.arguments.regime(args, new)
         numbers = self.arguments.numbers(regime, args, start, new)

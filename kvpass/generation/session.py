@@ -1,0 +1,185 @@
+"""A text that grows, branches and goes back, row by row through the cache.
+
+A session holds ids and asks the compiled model for the whole text; the cache finds the rows that it has. What a session
+computed a later call finds, and the other way round, since both are the same call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from kvpass import errors
+from kvpass.frontend import compile as compile_model
+
+
+class Session:
+    """One or more texts of one length. `open` makes it; use it in a ``with`` block or call `close`.
+
+    Attributes:
+        ids: ``[B, T]``, all tokens so far.
+        logits: what the model said of the last rows, ``[B, R, V]``.
+    """
+
+    def __init__(self, forward: Callable[..., Any], ids: Tensor, name: str | None, kwargs: Mapping[str, Any]) -> None:
+        self._forward, self._name, self._kwargs = forward, name, dict(kwargs)
+        self.ids, self.logits = ids, self._logits(ids, self._kwargs)
+
+    @property
+    def length(self) -> int:
+        """``T``, rows of each text."""
+        return self.ids.shape[1]
+
+    def extend(self, ids: Tensor | Sequence[int] | int, **kwargs: Any) -> Tensor:
+        """Append tokens, and compute their rows alone.
+
+        Args:
+            ids: ``[B, N]``; ``[N]`` or one number are for all texts alike.
+            **kwargs: replace those that the session was opened with, from now on: a mask that has grown, for one.
+
+        Returns:
+            Logits ``[B, N, V]`` of the new rows; fewer, where the model returns only its last ones.
+
+        Raises:
+            InputError: the session is closed, or there is no new row.
+        """
+        new = torch.as_tensor(ids, dtype=self.ids.dtype, device=self.ids.device)
+        new = new.reshape(1, -1) if new.dim() < 2 else new
+        if new.shape[0] not in (1, self.ids.shape[0]) or not new.shape[1]:
+            raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {self.ids.shape[0]} texts")
+        longer = torch.cat([self._open_ids(), new.expand(self.ids.shape[0], -1)], dim=1)
+        given = {**self._kwargs, **kwargs}
+        logits = self._logits(longer, given)  # raises before anything has changed
+        self.ids, self._kwargs, self.logits = longer, given, logits[:, -new.shape[1] :]
+        return self.logits
+
+    def rewind(self, rows: int) -> Self:
+        """Forget the last rows; what the cache holds of them stays there.
+
+        Raises:
+            InputError: fewer than one row would be left.
+        """
+        if not 0 <= rows < self._open_ids().shape[1]:
+            raise errors.InputError(f"{rows} rows back from {self.length}: at least one stays")
+        self.ids = self.ids[:, : self.length - rows]
+        return self
+
+    def fork(self, k: int) -> Session:
+        """A session with ``k`` copies of each text, side by side; this one stays as it is."""
+        return self._picked(torch.arange(self._open_ids().shape[0]).repeat_interleave(k))
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> Self:
+        """Texts by their numbers, in the order given; any may come several times or not at all."""
+        other = self._picked(torch.as_tensor(rows))
+        self.ids, self.logits, self._kwargs = other.ids, other.logits, other._kwargs
+        return self
+
+    def close(self) -> None:
+        """Let go of everything; the rows stay in the cache."""
+        self._kwargs = {}
+        del self.ids, self.logits
+
+    def _open_ids(self) -> Tensor:
+        ids: Tensor | None = getattr(self, "ids", None)
+        if ids is None:
+            raise errors.InputError("this session is closed")
+        return ids
+
+    def _picked(self, rows: Tensor) -> Session:
+        batch, rows = self._open_ids().shape[0], rows.to(self.ids.device)
+
+        def pick(x: Any) -> Any:
+            mine = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch
+            return x[rows.to(x.device)] if mine else x
+
+        other = object.__new__(Session)
+        other._forward, other._name = self._forward, self._name
+        other._kwargs = pytree.tree_map(pick, self._kwargs)
+        other.ids, other.logits = self.ids[rows], self.logits[rows]
+        return other
+
+    def _logits(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        with torch.no_grad():
+            if self._name is None:
+                return logits_of(self._forward(ids, **kwargs))
+            return logits_of(self._forward(**{self._name: ids}, **kwargs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        ids: Tensor | None = getattr(self, "ids", None)
+        return "<kvpass.Session, closed>" if ids is None else f"<kvpass.Session {ids.shape[0]} x {ids.shape[1]} rows>"
+
+
+def open(
+    model: Callable[..., Any], input_ids: Tensor | Sequence[int], *, ids_name: str | None = None, **kwargs: Any
+) -> Session:
+    """Begin a session with a prompt, whose rows are computed where the cache does not have them.
+
+    Args:
+        model: compiled with ``backend="kvpass"``; a module that is not is compiled now.
+        input_ids: ``[B, T]``, or ``[T]`` for one text.
+        ids_name: by which keyword the model takes the ids; by default they are its first argument.
+        **kwargs: of every call of the model.
+
+    Raises:
+        InputError: there is no token, or the model returns no logits.
+    """
+    ids = torch.as_tensor(input_ids)
+    ids = ids.reshape(1, -1) if ids.dim() < 2 else ids
+    if ids.dim() != 2 or not ids.numel():
+        raise errors.InputError(f"a prompt is [B, T] with at least one token, not {tuple(ids.shape)}")
+    return Session(compiled(model), ids, ids_name, {**quiet(model), **kwargs})
+
+
+def compiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model itself where it, or its forward, has been compiled; otherwise compiled now."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule):
+        return model
+    forward = model.forward
+    if hasattr(forward, "_torchdynamo_orig_callable") or hasattr(forward, "get_compiler_config"):
+        return model
+    return compile_model(model)
+
+
+def quiet(model: Callable[..., Any]) -> dict[str, Any]:
+    """What a model has to be told so that it keeps no cache of its own."""
+    return {"use_cache": False} if takes(model, "use_cache") else {}
+
+
+def takes(model: Callable[..., Any], name: str) -> bool:
+    """Whether a model has a keyword."""
+    inner = model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    function = inner.forward if isinstance(inner, nn.Module) else inner
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def logits_of(output: Any) -> Tensor:
+    """``[B, R, V]`` of whatever a model returns: a tensor, an object with ``logits``, a mapping or a tuple.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping):
+        found = found.get("logits")
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        raise errors.InputError(f"the model returned a {type(output).__name__} without logits [B, T, V]")
+    return found if found.dim() == 3 else found.unsqueeze(1)
