@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
-from kvpass.frontend import compile as compile_model
 
 
 class Session:
@@ -151,7 +150,8 @@ def compiled(model: Callable[..., Any]) -> Callable[..., Any]:
     forward = model.forward
     if hasattr(forward, "_torchdynamo_orig_callable") or hasattr(forward, "get_compiler_config"):
         return model
-    return compile_model(model)
+    made: Callable[..., Any] = torch.compile(model, backend="kvpass")
+    return made
 
 
 def quiet(model: Callable[..., Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Bound:
             part = self.hoisted.context
             ahead = self.remembered.get(self.keys.hoisting(args), lambda: _without_gradients(part, args), args)
         given = [*args, *_cache_arguments(self.incremental, lease), *ahead]
-        outputs = self.steps.run(given, lease.start, lease.length, lease.batch)
+        outputs = self.steps.run(given, lease.start, lease.length, lease.batch, self.weights)
         if outputs is None:
             outputs = _without_gradients(self.module, given)
         kept = {storage_of(value) for value in (*lease.pools, *ahead) if isinstance(value, torch.Tensor)}

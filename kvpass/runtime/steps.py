@@ -59,7 +59,8 @@ class Arguments:
         self.values = [nodes[i.name] for i in captured.inputs]
         self.fixed = {i.index for i in captured.of(Role.CONSTANT)}
         sizes = {i.index: sym(self.values[i.index]) for i in captured.of(Role.SYMBOL)}
-        self.symbols = {k: size for k, size in sizes.items() if size.is_Symbol and size != captured.seq}
+        places = {size: k for k, size in sizes.items() if size.is_Symbol and size != captured.seq}
+        self.symbols = {k: size for size, k in places.items()}  # a size may be given twice
         self.extra = self.first + 2 + 4 * slots
 
     def regime(self, args: Sequence[Any], new: int) -> Regime:
@@ -140,8 +141,12 @@ class Steps:
         self._pending: dict[Regime, Future[None]] = {}
         self._said: set[str] = set()
 
-    def run(self, args: Sequence[Any], start: int, rows: int, batch: int) -> tuple[Any, ...] | None:
-        """The outputs of a call, or None where it has to run op by op."""
+    def run(self, args: Sequence[Any], start: int, rows: int, batch: int, weights: object) -> tuple[Any, ...] | None:
+        """The outputs of a call, or None where it has to run op by op.
+
+        Args:
+            weights: what they are known by; another object where one may have moved.
+        """
         new = rows - start
         if self.tiers == "eager" or rows < _LEAST_CACHED:
             return None
@@ -158,7 +163,7 @@ class Steps:
             if made.tape is None or not (lock := made.tape.lock).acquire(blocking=False):
                 return None
             try:
-                if made.tape.suits(args, numbers):
+                if made.tape.suits(args, numbers, weights):
                     return self._taken(made, args, numbers)
             finally:
                 lock.release()

@@ -20,13 +20,13 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpass.analysis.identity import digest_of
+from kvpass.lowering.cpu import address
 from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
+_storage_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 _digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
 _far: Any = WeakIdKeyDictionary()  # tensor on a device -> (address, a view of its sample): one for all programs
-# The address without the writable pointer that `data_ptr()` takes.
-_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -54,14 +54,14 @@ def _on_host(tensor: torch.Tensor) -> bool:
 def _near_view(peek: torch.Tensor) -> np.ndarray:
     """By the address alone: no writable pointer is asked for, and no tensor is added to the storage."""
     size, (stride,) = peek.element_size(), peek.stride()
-    memory: Any = (ctypes.c_char * ((len(peek) - 1) * stride * size + size)).from_address(_address(peek))
+    memory: Any = (ctypes.c_char * ((len(peek) - 1) * stride * size + size)).from_address(address(peek))
     return np.ndarray((len(peek),), str(peek.dtype).removeprefix("torch."), memory, strides=(stride * size,))
 
 
 def _far_view(tensor: torch.Tensor, peek: torch.Tensor) -> torch.Tensor:
     known = _far.get(tensor)
-    if known is None or known[0] != _address(tensor):
-        known = _far[tensor] = _address(tensor), peek.detach()
+    if known is None or known[0] != address(tensor):
+        known = _far[tensor] = address(tensor), peek.detach()
     return known[1]  # type: ignore[no-any-return]
 
 
@@ -95,7 +95,7 @@ class _Sample:
 def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]:
     peek = _peek(tensor)
     sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
-    return _address(tensor), _version(tensor), storage.epoch, sample
+    return address(tensor), _version(tensor), storage.epoch, sample
 
 
 def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
@@ -146,7 +146,12 @@ class Weights:
 
     def _state(self) -> list[int]:
         epochs = map(attrgetter("epoch"), self._storages)
-        return [*map(_address, self.tensors), *map(attrgetter("_version"), self._versioned), *epochs]
+        return [
+            *map(_storage_address, self.tensors),
+            *map(torch.Tensor.storage_offset, self.tensors),
+            *map(attrgetter("_version"), self._versioned),
+            *epochs,
+        ]
 
     def _untouched(self) -> bool:
         if not all(map(written.bearing, self._marked)):

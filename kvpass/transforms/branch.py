@@ -51,6 +51,7 @@ def _outline(root: torch.nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         return parts[0 if test(new, rows) else 1](*args)
 
     taken.__name__ = taken.__qualname__ = "taken"
+    taken.ways = parts  # type: ignore[attr-defined]
     with graph.inserting_before(node):
         made = graph.call_function(taken, (new, rows, *outer))
     node.replace_all_uses_with(made)

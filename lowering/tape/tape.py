@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as sizes
 
 from kvpass.lowering import build, cpp
+from kvpass.lowering.cpu import address
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
 from kvpass.lowering.tape.trace import Operand, Traced, trace
@@ -128,6 +129,7 @@ class Tape:
         self._operands = np.array(operands or [0], np.int32)
 
     def _prepare(self, symbols: Sequence[sympy.Symbol], traced: Traced) -> None:
+        self._weights: object = None
         self._base = np.zeros(max(1, len(self.buffers)), np.uint64)
         self._size = _numbers(symbols, self.slots)
         self._memory: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
@@ -137,7 +139,7 @@ class Tape:
         self._fresh: list[int] = []
         for b, buffer in enumerate(self.buffers):
             if buffer.tensor is not None:
-                self._base[b] = buffer.tensor.data_ptr()
+                self._base[b] = address(buffer.tensor)
                 if buffer.argument is not None:
                     self._fixed.append((b, buffer.argument))
             elif buffer.address is not None:
@@ -162,16 +164,21 @@ class Tape:
         self._shown = list(used)
         self._show = _numbers(symbols, self._shown)
 
-    def suits(self, args: Sequence[Any], numbers: Sequence[int]) -> bool:
-        """Whether the tape was made for such a call. Weights and pools may have moved; the caller holds the lock."""
+    def suits(self, args: Sequence[Any], numbers: Sequence[int], weights: object) -> bool:
+        """Whether the tape was made for such a call; the caller holds the lock.
+
+        Args:
+            weights: another object where weights may have moved since the last call; a pool that moves is another one.
+        """
         for b, argument in self._fixed:
             was, now = self.buffers[b].tensor, args[argument]
-            if now is was:
+            if now is was and weights is self._weights:
                 continue
             assert was is not None
             if now.shape != was.shape or now.stride() != was.stride() or now.dtype != was.dtype:
                 return False
-            self.buffers[b].tensor, self._base[b] = now, now.data_ptr()
+            self.buffers[b].tensor, self._base[b] = now, address(now)
+        self._weights = weights
         return all(self._guard(*numbers))
 
     def __call__(self, args: Sequence[Any], numbers: Sequence[int]) -> tuple[Any, ...]:
@@ -197,10 +204,10 @@ class Tape:
             if not tensor.is_contiguous():
                 tensor = tensor.contiguous()
             tensors[b] = tensor
-            address = addresses.get(id(tensor))
-            if address is None:
-                address = addresses[id(tensor)] = tensor.data_ptr()
-            base[b] = address
+            where = addresses.get(id(tensor))
+            if where is None:
+                where = addresses[id(tensor)] = address(tensor)
+            base[b] = where
         shown = dict(zip(self._shown, self._show(*numbers), strict=True))
         for b in self._fresh:
             made_ = self.buffers[b].made
@@ -255,4 +262,4 @@ class Tape:
                 copy = torch.empty_strided(shape, strides, dtype=value.dtype)
                 result = copy.copy_(result)
             tensors[value.buffer] = result
-            self._base[value.buffer] = result.data_ptr()
+            self._base[value.buffer] = address(result)

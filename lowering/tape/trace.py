@@ -131,6 +131,11 @@ def _value(target: Any, args: Any, kwargs: Any) -> Any:
     if target is ops.experts:
         x, weight, _ = args
         return torch.empty([*x.shape[:2], weight.shape[2]], dtype=x.dtype)
+    if hasattr(target, "ways"):  # of two that make the same value
+        return target.ways[0](*args[2:])
+    if getattr(target, "function", None) is ops.attention:
+        (spec,), query = target.static, args[0]
+        return torch.empty([*query.shape[:3], spec.value_size], dtype=args[2].dtype)
     if hasattr(target, "lowering"):
         (spec,), query = target.static, args[0]
         batch, heads, new, _ = query.shape
