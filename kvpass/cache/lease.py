@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
@@ -99,6 +99,14 @@ class Lease:
             raise RuntimeError(f"this call runs without the cache: {self.reason}")
         group = self._where[index]
         return SlotView(self.pools[index], *(self._views[group] or self._make_views(group)))
+
+    def arguments(self) -> list[Any]:
+        """The fields of all slots, one behind the other."""
+        views = [held or self._make_views(group) for group, held in enumerate(self._views)]
+        out: list[Any] = []
+        for pool, group in zip(self.pools, self._where, strict=True):
+            out += (pool, *views[group])
+        return out
 
     def _make_views(self, group: int) -> _Views:
         bundle, device = self._groups[group]

@@ -48,11 +48,12 @@ class Session:
         Raises:
             InputError: the session is closed, or there is no new row.
         """
-        new = torch.as_tensor(ids, dtype=self.ids.dtype, device=self.ids.device)
+        held = self._open_ids()
+        new = torch.as_tensor(ids, dtype=held.dtype, device=held.device)
         new = new.reshape(1, -1) if new.dim() < 2 else new
-        if new.shape[0] not in (1, self.ids.shape[0]) or not new.shape[1]:
-            raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {self.ids.shape[0]} texts")
-        longer = torch.cat([self._open_ids(), new.expand(self.ids.shape[0], -1)], dim=1)
+        if new.shape[0] not in (1, held.shape[0]) or not new.shape[1]:
+            raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {held.shape[0]} texts")
+        longer = torch.cat([held, new.expand(held.shape[0], -1)], dim=1)
         given = {**self._kwargs, **kwargs}
         logits = self._logits(longer, given)  # raises before anything has changed
         self.ids, self._kwargs, self.logits = longer, given, logits[:, -new.shape[1] :]

@@ -55,7 +55,7 @@ class Bound:
         if self.hoisted is not None:
             part = self.hoisted.context
             ahead = self.remembered.get(self.keys.hoisting(args), lambda: _without_gradients(part, args), args)
-        given = [*args, *_cache_arguments(self.incremental, lease), *ahead]
+        given = [*args, *_cache_arguments(lease), *ahead]
         outputs = self.steps.run(given, lease.start, lease.length, lease.batch, self.weights)
         if outputs is None:
             outputs = _without_gradients(self.module, given)
@@ -280,14 +280,11 @@ def form_holds(mask: torch.Tensor, form: Any) -> bool:
 
 def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:
     """One call of the whole incremental graph on the pages of a lease; outputs may be views of its pools."""
-    return _without_gradients(incremental.module, [*args, *_cache_arguments(incremental, lease)])
+    return _without_gradients(incremental.module, [*args, *_cache_arguments(lease)])
 
 
-def _cache_arguments(incremental: Incremental, lease: Lease) -> list[Any]:
-    extra: list[Any] = [lease.length, lease.start]
-    for k in range(len(incremental.plan.slots)):
-        extra.extend(lease.slot(k))
-    return extra
+def _cache_arguments(lease: Lease) -> list[Any]:
+    return [lease.length, lease.start, *lease.arguments()]
 
 
 def _without_gradients(module: fx.GraphModule, args: Sequence[Any]) -> Outputs:

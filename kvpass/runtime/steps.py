@@ -23,7 +23,7 @@ from torch import fx
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Role
 from kvpass.lowering.build import NoCompiler
-from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
+from kvpass.lowering.tape import Operand, OutOfRange, Tape, Unexpected, Untraceable
 from kvpass.runtime.compare import difference
 
 log = logging.getLogger("kvpass")
@@ -173,22 +173,26 @@ class Steps:
     def _taken(self, made: _Made, args: Sequence[Any], numbers: Sequence[int]) -> tuple[Any, ...] | None:
         if made.tape is None:
             return None
-        if made.compared or not self.compare:
-            with torch.no_grad(), contextlib.suppress(OutOfRange):  # the op itself says which index
-                return made.tape(args, numbers)
-            return None
         with torch.no_grad():
-            expected = self.module.forward(*args)
-            kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in expected]
-            found = made.tape(args, numbers)
-        problems = [difference(a, b) for a, b in zip(found, kept, strict=True)]
-        problem = next((p for p in problems if p), "")
+            try:
+                found = made.tape(args, numbers)
+            except OutOfRange:  # the op itself says which index
+                return None
+            except Unexpected as error:
+                self._drop(made, str(error))
+                return None
+            if made.compared or not self.compare:
+                return found
+            kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in found]
+            expected: tuple[Any, ...] = self.module.forward(*args)  # last: these are the rows that stay in the pools
         made.compared = True
-        if problem:
-            made.tape, made.reason = None, f"the compiled step differs: {problem}"
-            self._say(made.reason)
-            return tuple(kept)
-        return found
+        if problem := next(filter(None, map(difference, kept, expected)), ""):
+            self._drop(made, problem)
+        return expected
+
+    def _drop(self, made: _Made, problem: str) -> None:
+        made.tape, made.reason = None, f"the compiled step differs: {problem}"
+        self._say(f"{made.reason}; it runs op by op")
 
     def _want(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> None:
         """See to it that there is a tape for such calls, soon or now."""

@@ -6,7 +6,7 @@ where it stands alike, so that thirty equal layers are compiled as one; its oper
 planned ahead. What C++ has no words for runs as it is written, between two stretches of the tape.
 """
 
-from kvpass.lowering.tape.tape import OutOfRange, Tape
+from kvpass.lowering.tape.tape import OutOfRange, Tape, Unexpected
 from kvpass.lowering.tape.trace import Operand, Untraceable
 
-__all__ = ["Operand", "OutOfRange", "Tape", "Untraceable"]
+__all__ = ["Operand", "OutOfRange", "Tape", "Unexpected", "Untraceable"]

@@ -49,6 +49,15 @@ def _numbers(symbols: Sequence[sympy.Symbol], wanted: Sequence[Any]) -> Callable
     return made
 
 
+class Unexpected(RuntimeError):
+    """An op made another shape or type than it does without contents."""
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """True where one tensor can take the place of the other."""
+    return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+
+
 class Tape:
     """One decode step, compiled.
 
@@ -150,6 +159,11 @@ class Tape:
                 self._of_slot[buffer.slot].append(b)
             elif buffer.made is not None and not buffer.host:
                 self._fresh.append(b)
+        self._held: Sequence[Any] = [self.buffers[b].tensor for b, _ in self._fixed]
+        places = [argument for _, argument in self._fixed]
+        self._pick: Callable[[Sequence[Any]], Sequence[Any]] = (
+            operator.itemgetter(*places) if len(places) > 1 else lambda args: [args[k] for k in places]
+        )
         guards = [g for g in traced.guards if g is not sympy.true]
         self._guard = _numbers(symbols, guards)
         used: dict[Any, None] = {}
@@ -170,15 +184,14 @@ class Tape:
         Args:
             weights: another object where weights may have moved since the last call; a pool that moves is another one.
         """
-        for b, argument in self._fixed:
-            was, now = self.buffers[b].tensor, args[argument]
-            if now is was and weights is self._weights:
-                continue
-            assert was is not None
-            if now.shape != was.shape or now.stride() != was.stride() or now.dtype != was.dtype:
-                return False
-            self.buffers[b].tensor, self._base[b] = now, address(now)
-        self._weights = weights
+        if self._fixed:
+            now = self._pick(args)
+            if weights is not self._weights or not all(map(operator.is_, now, self._held)):
+                if not all(map(_alike, now, self._held)):
+                    return False
+                for (b, _), tensor in zip(self._fixed, now, strict=False):
+                    self.buffers[b].tensor, self._base[b] = tensor, address(tensor)
+                self._held, self._weights = now, weights
         return all(self._guard(*numbers))
 
     def __call__(self, args: Sequence[Any], numbers: Sequence[int]) -> tuple[Any, ...]:
@@ -257,7 +270,7 @@ class Tape:
                 continue
             shape, strides = [int(shown[x]) for x in value.sizes], [int(shown[x]) for x in value.strides]
             if list(result.shape) != shape or result.dtype != value.dtype:
-                raise RuntimeError(f"{host.target} made {tuple(result.shape)} where {tuple(shape)} was expected")
+                raise Unexpected(f"{host.target} made {tuple(result.shape)} where {tuple(shape)} was expected")
             if list(result.stride()) != strides:
                 copy = torch.empty_strided(shape, strides, dtype=value.dtype)
                 result = copy.copy_(result)

@@ -1,4 +1,8 @@
-"""The sizes of every value of an incremental graph, over the numbers that change from call to call."""
+"""The sizes of every value of an incremental graph, over the numbers that change from call to call.
+
+The graph runs on tensors of the device ``meta``, which have sizes and no contents. No dispatch mode is entered, as
+PyTorch's own tracers do: their state belongs to the whole process, and a tape is made beside a model that runs.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from sympy import Expr
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -44,7 +48,7 @@ class Untraceable(RuntimeError):
 @dataclass(frozen=True)
 class Traced:
     """Attributes:
-    values: by node, fake tensors and numbers.
+    values: by node, tensors without contents and numbers.
     symbols: those of the operands, in the graph's own symbols.
     guards: what must hold of a call.
     """
@@ -64,7 +68,6 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
         Untraceable: an op needs to know contents.
     """
     env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     numbers, own = {}, {}
     for name, hint in hints.items():
         source = ConstantSource(f"__tape_{name}")
@@ -84,19 +87,20 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
         if operand.number is not None:
             return number(operand.number)
         if operand.fixed is not None:
-            return _static(mode, operand.fixed)
-        return torch.empty([number(size) for size in operand.sizes], dtype=operand.dtype)
+            return _static(operand.fixed)
+        return torch.empty([number(size) for size in operand.sizes], dtype=operand.dtype, device="meta")
 
     values: dict[fx.Node, Any] = {}
     given = iter(operands)
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with torch.no_grad(), torch.inference_mode(False), enable_python_dispatcher():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 values[node] = fake(next(given))
             elif node.op == "get_attr":
-                values[node] = _static(mode, _attribute(module, str(node.target)))
+                values[node] = _static(_attribute(module, str(node.target)))
             elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                known: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                args, kwargs = pytree.tree_map(_without_contents, known)
                 try:
                     values[node] = _value(node.target, args, kwargs)
                 except Exception as error:
@@ -114,10 +118,14 @@ def _attribute(module: fx.GraphModule, name: str) -> Any:
     return value
 
 
-def _static(mode: FakeTensorMode, tensor: torch.Tensor) -> Any:
+def _without_contents(argument: Any) -> Any:
+    return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+
+def _static(tensor: torch.Tensor) -> Any:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise Untraceable(f"a {type(tensor).__name__}")
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _value(target: Any, args: Any, kwargs: Any) -> Any:
@@ -125,21 +133,23 @@ def _value(target: Any, args: Any, kwargs: Any) -> Any:
         return args[0]
     if target is ops.read:
         pool, table, _, length, before = args
-        return torch.empty([table.shape[0], *pool.shape[:before], length, *pool.shape[before + 2 :]], dtype=pool.dtype)
+        return torch.empty(
+            [table.shape[0], *pool.shape[:before], length, *pool.shape[before + 2 :]], dtype=pool.dtype, device="meta"
+        )
     if target is ops.linear:
         return F.linear(*args, **kwargs)
     if target is ops.experts:
         x, weight, _ = args
-        return torch.empty([*x.shape[:2], weight.shape[2]], dtype=x.dtype)
+        return torch.empty([*x.shape[:2], weight.shape[2]], dtype=x.dtype, device="meta")
     if hasattr(target, "ways"):  # of two that make the same value
         return target.ways[0](*args[2:])
     if getattr(target, "function", None) is ops.attention:
         (spec,), query = target.static, args[0]
-        return torch.empty([*query.shape[:3], spec.value_size], dtype=args[2].dtype)
+        return torch.empty([*query.shape[:3], spec.value_size], dtype=args[2].dtype, device="meta")
     if hasattr(target, "lowering"):
         (spec,), query = target.static, args[0]
         batch, heads, new, _ = query.shape
-        return torch.empty([batch, new, heads, spec.value_size], dtype=spec.dtype).transpose(1, 2)
+        return torch.empty([batch, new, heads, spec.value_size], dtype=spec.dtype, device="meta").transpose(1, 2)
     return target(*args, **kwargs)
 
 
@@ -154,10 +164,10 @@ def expr_of(value: Any) -> Expr:
 
 
 def is_tensor(value: Any) -> bool:
-    return isinstance(value, FakeTensor)
+    return isinstance(value, torch.Tensor)
 
 
-def memory(value: FakeTensor) -> int:
+def memory(value: torch.Tensor) -> int:
     """The same for two values that share memory."""
     place: int = value.untyped_storage()._cdata
     return place

@@ -1,0 +1,330 @@
+"""Each rule of the tape against the op itself, and the tape as a whole: sizes, indices, hosts, memory."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, fx
+
+from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
+from kvpass.lowering.tape import plan as planning
+from kvpass.lowering.tape.rules import RULES
+
+aten = torch.ops.aten
+N = sympy.Symbol("n", integer=True, positive=True)
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def graph_of(call: Callable[[fx.Graph, list[fx.Node]], Any], count: int) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"x{k}") for k in range(count)]
+    graph.output((call(graph, inputs),))
+    return fx.GraphModule({}, graph)
+
+
+def tape_of(module: fx.GraphModule, inputs: list[Tensor], fixed: tuple[int, ...] = ()) -> Tape:
+    operands = [
+        Operand(fixed=x) if k in fixed else Operand(sizes=tuple(map(sympy.Integer, x.shape)), dtype=x.dtype)
+        for k, x in enumerate(inputs)
+    ]
+    return Tape(module, operands, {})
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def whole(*shape: int, low: int = -5, high: int = 6) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(7))
+
+
+def truth(*shape: int) -> Tensor:
+    return whole(*shape) > 0
+
+
+X, Y, ROW, COLUMN = floats(2, 3, 20), floats(2, 3, 20).flip(2), floats(20), floats(2, 3, 1)
+POSITIVE, WHOLE, COUNT, MASK = X.abs() + 0.1, whole(2, 3, 20), whole(2, 3, 20, low=1), truth(2, 3, 20)
+
+# (op, tensors, other arguments, keywords)
+Case = tuple[Any, list[Tensor], tuple[Any, ...], dict[str, Any]]
+UNARY = (
+    *("exp", "exp2", "sin", "cos", "tanh", "erf", "sigmoid", "silu", "relu", "relu6", "neg", "abs", "square", "gelu"),
+    *("softplus", "leaky_relu", "clone", "logical_not", "isnan"),
+)
+BINARY = (
+    *("mul.Tensor", "div.Tensor", "eq.Tensor", "ne.Tensor", "lt.Tensor", "le.Tensor", "gt.Tensor", "ge.Tensor"),
+    *("maximum", "minimum"),
+)
+
+
+def op(name: str) -> Any:
+    base, _, overload = name.partition(".")
+    return getattr(getattr(aten, base), overload or "default")
+
+
+CASES: list[Case] = [
+    *((op(name), [X], (), {}) for name in UNARY),
+    *((op(name), [POSITIVE], (), {}) for name in ("log", "log2", "sqrt", "rsqrt", "reciprocal")),
+    (aten.gelu.default, [X], (), {"approximate": "tanh"}),
+    (aten.exp.default, [torch.tensor([-200.0, -103.0, -88.0, 0.0, 88.0, 89.0, float("inf"), float("nan")])], (), {}),
+    (aten.tanh.default, [torch.tensor([-50.0, -0.6, -1e-8, 0.0, 1e-8, 0.6, 50.0, float("nan")])], (), {}),
+    *((op(name), [X, Y], (), {}) for name in BINARY),
+    *((op(name), [X, ROW], (), {}) for name in BINARY),
+    *((op(name), [COLUMN, ROW], (), {}) for name in BINARY),
+    *((op(name), [WHOLE, COUNT], (), {}) for name in BINARY if name != "div.Tensor"),
+    *((op(name), [X, WHOLE], (), {}) for name in BINARY),
+    *((op(name), [X.bfloat16(), ROW.bfloat16()], (), {}) for name in BINARY),
+    *((op(f"{name}.Scalar"), [X], (0.25,), {}) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul", "div", "add")),
+    *((op(f"{name}.Scalar"), [WHOLE], (2,), {}) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul", "add", "sub")),
+    (aten.add.Tensor, [X, Y], (), {"alpha": 2}),
+    (aten.sub.Tensor, [X, ROW], (), {"alpha": 3}),
+    (aten.add.Tensor, [WHOLE, COUNT], (), {}),
+    (aten.add.Tensor, [X], (1e-6,), {}),
+    (aten.rsub.Scalar, [X], (1.0,), {}),
+    (aten.remainder.Scalar, [WHOLE], (3,), {}),
+    (aten.remainder.Tensor, [X, POSITIVE], (), {}),
+    (aten.floor_divide.default, [WHOLE, COUNT], (), {}),
+    (aten.div.Tensor_mode, [WHOLE, COUNT], (), {"rounding_mode": "trunc"}),
+    (aten.div.Tensor_mode, [WHOLE, COUNT], (), {"rounding_mode": "floor"}),
+    (aten.div.Tensor, [WHOLE, COUNT], (), {}),
+    (aten.bitwise_and.Tensor, [MASK, WHOLE > 0], (), {}),
+    (aten.bitwise_or.Tensor, [WHOLE, COUNT], (), {}),
+    (aten.bitwise_xor.Tensor, [WHOLE, COUNT], (), {}),
+    (aten.bitwise_not.default, [MASK], (), {}),
+    (aten.bitwise_not.default, [WHOLE], (), {}),
+    (aten.logical_and.default, [MASK, WHOLE], (), {}),
+    (aten.logical_or.default, [MASK, WHOLE], (), {}),
+    *((aten.pow.Tensor_Scalar, [POSITIVE], (e,), {}) for e in (2, 3, 0.5, -0.5, -1, 1.7)),
+    (aten.pow.Tensor_Scalar, [WHOLE], (2,), {}),
+    (aten.pow.Tensor_Scalar, [WHOLE], (5,), {}),
+    (aten.pow.Tensor_Tensor, [POSITIVE, X], (), {}),
+    (aten.clamp.default, [X], (-0.5, 0.5), {}),
+    (aten.clamp.default, [X], (None, 0.5), {}),
+    (aten.clamp_min.default, [WHOLE], (0,), {}),
+    (aten.hardtanh.default, [X], (), {}),
+    (aten.where.self, [MASK, X, ROW], (), {}),
+    (aten.where.self, [MASK, WHOLE, COUNT], (), {}),
+    (aten.masked_fill.Scalar, [X, MASK], (float("-inf"),), {}),
+    (aten.masked_fill.Tensor, [X, MASK, torch.tensor(-1e9)], (), {}),
+    *((aten._to_copy.default, [X * 3], (), {"dtype": d}) for d in (torch.int64, torch.bool, torch.bfloat16)),
+    *(
+        (aten._to_copy.default, [WHOLE], (), {"dtype": d})
+        for d in (torch.float32, torch.bool, torch.float64, torch.int32)
+    ),
+    (aten.repeat.default, [X], ([2, 1, 3],), {}),
+    (aten.repeat.default, [ROW], ([2, 2],), {}),
+    (aten.repeat_interleave.self_int, [X], (3, 1), {}),
+    (aten.reshape.default, [X.transpose(1, 2)], ([2, 60],), {}),
+    (aten.embedding.default, [floats(11, 8), whole(2, 5, low=0, high=11)], (), {}),
+    (aten.index_select.default, [X], (2,), {"index": whole(7, low=0, high=20)}),
+    (aten.gather.default, [X], (2,), {"index": whole(2, 3, 4, low=0, high=20)}),
+    (aten.tril.default, [floats(2, 7, 9)], (-1,), {}),
+    (aten.triu.default, [floats(2, 7, 9)], (2,), {}),
+    (aten.constant_pad_nd.default, [X], ([1, 2, 0, 3],), {"value": 4.0}),
+    (aten.constant_pad_nd.default, [X], ([-2, 1],), {}),
+    *((op(name), [X], ([-1], True), {}) for name in ("sum.dim_IntList", "mean.dim", "amax", "amin")),
+    *((op(name), [X], ([0, 2],), {}) for name in ("sum.dim_IntList", "mean.dim", "amax", "amin")),
+    (aten.sum.dim_IntList, [WHOLE], ([1],), {}),
+    (aten.sum.dim_IntList, [MASK], ([1],), {}),
+    (aten.mean.dim, [X.bfloat16()], ([-1],), {}),
+    (aten.any.dim, [MASK], (1,), {}),
+    (aten.all.dim, [MASK], (2, True), {}),
+    (aten.sum.default, [X], (), {}),
+    (aten.cumsum.default, [X], (1,), {}),
+    (aten.cumsum.default, [MASK], (2,), {}),
+    (aten.softmax.int, [X], (-1,), {}),
+    (aten.softmax.int, [X], (1,), {}),
+    (aten.log_softmax.int, [X], (-1,), {}),
+    (aten.softmax.int, [X.bfloat16()], (-1,), {}),
+    (aten._safe_softmax.default, [X.masked_fill(torch.arange(3).view(3, 1) == 1, float("-inf"))], (-1,), {}),
+    (aten.softmax.int, [X.masked_fill(MASK, float("-inf"))], (-1,), {}),
+    (aten.layer_norm.default, [X], ([20],), {}),
+    (aten.layer_norm.default, [X], ([20],), {"weight": ROW, "bias": ROW.flip(0)}),
+    (aten.rms_norm.default, [X], ([20],), {"weight": ROW, "eps": 1e-5}),
+    (aten.rms_norm.default, [X], ([20],), {}),
+    (aten.matmul.default, [X, floats(2, 20, 4)], (), {}),
+    (aten.matmul.default, [floats(3, 2, 5, 20), X.transpose(1, 2)[:, None][0]], (), {}),
+    (aten.bmm.default, [X, X.transpose(1, 2)], (), {}),
+]
+
+
+def name_of(case: Case) -> str:
+    target, tensors, args, kwargs = case
+    return f"{target}-{[str(x.dtype)[6:] for x in tensors]}-{args}-{list(kwargs)}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_rule_is_the_op(case: Case) -> None:
+    target, tensors, args, kwargs = case
+    named = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+    inputs = [*tensors, *named.values()]
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        given = kwargs | dict(zip(named, nodes[len(tensors) :], strict=True))
+        return graph.call_function(target, (*nodes[: len(tensors)], *args), given)
+
+    tape = tape_of(graph_of(call, len(inputs)), inputs)
+    (found,), expected = tape(inputs, []), target(*tensors, *args, **kwargs)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    limit = TOLERANCE.get(expected.dtype, 0.0)
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit, equal_nan=True)
+    if target in RULES and not any(x.is_complex() for x in inputs):
+        assert not tape.hosts, "it has a rule, and ran as it is written"
+
+
+def test_made_from_nothing() -> None:
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        (x,) = nodes
+        ones = graph.call_function(
+            aten.full.default, ([2, 3], 2.5), {"dtype": torch.float32, "device": torch.device("cpu")}
+        )
+        rows = graph.call_function(
+            aten.arange.start_step, (1, 7, 2), {"dtype": torch.int64, "device": torch.device("cpu")}
+        )
+        tall = graph.call_function(aten.mul.Tensor, (ones, rows))
+        like = graph.call_function(aten.zeros_like.default, (x,))
+        joined = graph.call_function(aten.cat.default, ([tall, x, like], 1))
+        return graph.call_function(aten.stack.default, ([joined, joined], 1))
+
+    x = floats(2, 4)
+    tape = tape_of(graph_of(call, 1), [x])
+    (found,) = tape([x], [])
+    tall = torch.full((2, 3), 2.5) * torch.tensor([1, 3, 5])
+    joined = torch.cat([tall, x, torch.zeros_like(x)], 1)
+    assert torch.equal(found, torch.stack([joined, joined], 1))
+    assert not tape.hosts
+
+
+def test_indices_of_one_axis_and_of_several() -> None:
+    table, i, j = floats(5, 6, 7), whole(3, 1, low=-5, high=5), whole(1, 4, low=0, high=6)
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        return graph.call_function(aten.index.Tensor, (nodes[0], [nodes[1], nodes[2]]))
+
+    tape = tape_of(graph_of(call, 3), [table, i, j])
+    assert torch.equal(tape([table, i, j], [])[0], table[i, j])
+    assert not tape.hosts
+
+
+def test_an_index_out_of_range_is_refused() -> None:
+    weight, ids = floats(11, 8), torch.tensor([3, 11])
+    module = graph_of(lambda g, n: g.call_function(aten.embedding.default, tuple(n)), 2)
+    tape = tape_of(module, [weight, ids])
+    with pytest.raises(OutOfRange):
+        tape([weight, ids], [])
+    assert torch.equal(tape([weight, ids - 1], [])[0], weight[ids - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("crossed", [False, True], ids=["out in", "in out"])
+def test_products_of_few_rows(dtype: torch.dtype, rows: int, crossed: bool) -> None:
+    """Several matrices on the same rows, with and without a bias, of sizes that fill no vector."""
+    x = floats(rows, 77, dtype=dtype)
+    weights = [floats(*((77, out) if crossed else (out, 77)), dtype=dtype) for out in (150, 33)]
+    bias = floats(150, dtype=dtype)
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        x, one, two, b = nodes
+        if crossed:
+            first = graph.call_function(aten.addmm.default, (b, x, one))
+            second = graph.call_function(aten.mm.default, (x, two))
+        else:
+            first = graph.call_function(aten.linear.default, (x, one, b))
+            second = graph.call_function(aten.linear.default, (x, two))
+        return graph.call_function(aten.cat.default, ([first, second], 1))
+
+    inputs = [x, *weights, bias]
+    tape = tape_of(graph_of(call, 4), inputs, fixed=(1, 2, 3))
+    (found,) = tape(inputs, [])
+    assert tape.functions == 2  # one product for both, and the join
+    matrices = [w.double() if crossed else w.double().T for w in weights]
+    expected = torch.cat([x.double() @ matrices[0] + bias.double(), x.double() @ matrices[1]], 1)
+    ours = (found.double() - expected).abs().max()
+    theirs = (
+        (
+            torch.cat([(x @ (w if crossed else w.T)) for w in weights], 1).double()
+            - (expected - torch.cat([bias, bias.new_zeros(33)]).double())
+        )
+        .abs()
+        .max()
+    )
+    assert ours <= 2 * theirs + 1e-6
+
+
+def test_equal_layers_are_made_once_and_share_memory() -> None:
+    weights = [floats(32, 32) / 6 for _ in range(40)]
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        x, *layers = nodes
+        for layer in layers:
+            y = graph.call_function(aten.linear.default, (x, layer))
+            x = graph.call_function(aten.add.Tensor, (x, graph.call_function(aten.silu.default, (y,))))
+        return x
+
+    inputs = [floats(3, 32), *weights]
+    tape = tape_of(graph_of(call, 41), inputs, fixed=tuple(range(1, 41)))
+    assert tape.instructions == 120
+    assert tape.functions == 3
+    assert len(tape.slots) <= 5
+    expected = inputs[0]
+    for weight in weights:
+        expected = expected + torch.nn.functional.silu(expected @ weight.T)
+    torch.testing.assert_close(tape(inputs, [])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_change_from_call_to_call() -> None:
+    graph = fx.Graph()
+    count, x = graph.placeholder("n"), graph.placeholder("x")
+    rows = graph.call_function(
+        aten.arange.start_step, (0, count, 1), {"dtype": torch.int64, "device": torch.device("cpu")}
+    )
+    later = graph.call_function(aten.slice.Tensor, (x, 0, graph.call_function(operator.sub, (count, 2)), count))
+    graph.output(
+        (
+            graph.call_function(aten.add.Tensor, (x, graph.call_function(aten.unsqueeze.default, (rows, 1)))),
+            later,
+            count,
+        )
+    )
+    module = fx.GraphModule({}, graph)
+    tape = Tape(module, [Operand(number=N), Operand(sizes=(N, sympy.Integer(5)))], {N: 6})
+    for n in (6, 3, 50, 4):
+        x = torch.randn(n, 5)
+        assert tape.suits([n, x], [n], None)
+        full, end, number = tape([n, x], [n])
+        assert torch.equal(full, x + torch.arange(n).unsqueeze(1))
+        assert torch.equal(end, x[-2:])
+        assert number == n
+
+
+def test_what_has_no_rule_runs_as_it_is_written() -> None:
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        doubled = graph.call_function(aten.mul.Tensor, (nodes[0], 2.0))
+        best = graph.call_function(aten.topk.default, (doubled, 3))
+        values = graph.call_function(operator.getitem, (best, 0))
+        return graph.call_function(aten.exp.default, (values,))
+
+    x = floats(4, 9)
+    tape = tape_of(graph_of(call, 1), [x])
+    assert [host.target for host in tape.hosts] == [aten.topk.default]
+    torch.testing.assert_close(tape([x], [])[0], (2 * x).topk(3).values.exp())
+
+
+def test_an_op_that_needs_contents_is_no_part_of_a_tape() -> None:
+    module = graph_of(lambda g, n: g.call_function(aten.nonzero.default, tuple(n)), 1)
+    with pytest.raises(Untraceable):
+        tape_of(module, [floats(3)])
+
+
+def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RULES[aten.silu.default]
+    monkeypatch.setitem(planning.RULES, aten.silu.default, lambda w: right(w).replace("sigmoid", "hyperbolic"))
+    with pytest.raises(AssertionError):
+        test_rule_is_the_op((aten.silu.default, [X], (), {}))

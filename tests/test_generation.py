@@ -1,0 +1,312 @@
+"""Sessions, generate, stream and speculation, against the model's own loop and against transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kvpass
+from kvpass.frontend.api import recording
+from kvpass.generation.sampling import Sampling
+from kvpass.generation.speculate import accept
+
+transformers = pytest.importorskip("transformers")
+VOCABULARY = 61
+
+
+def llama(layers: int = 2, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # so that tokens differ
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def fast(model: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="kvpass", options={"cache": kvpass.Cache("64MiB"), "tiers": "compiled"})
+
+
+def prompt(rows: int, seed: int = 1, batch: int = 1) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, rows), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Tensor, count: int) -> list[int]:
+    """The model's own greedy tokens after ids [T], without any cache."""
+    made: list[int] = []
+    for _ in range(count):
+        made.append(int(model(ids.unsqueeze(0), use_cache=False).logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([made[-1]])])
+    return made
+
+
+def test_greedy_is_the_models_own(model: Any, fast: Any) -> None:
+    ids = prompt(9)
+    found = kvpass.generate(fast, ids, 20)
+    assert found.shape == (1, 29)
+    assert torch.equal(found[:, :9], ids)
+    assert found[0, 9:].tolist() == greedy(model, ids[0], 20)
+
+
+def test_prompts_of_any_lengths(model: Any, fast: Any) -> None:
+    prompts = [prompt(9)[0], prompt(4, 2)[0], prompt(9, 3)[0], prompt(6, 4)[0].tolist()]
+    found = kvpass.generate(fast, prompts, 8)
+    for given, text in zip(prompts, found, strict=True):
+        own = torch.as_tensor(given)
+        assert text.tolist() == own.tolist() + greedy(model, own, 8)
+
+
+def test_padding_is_cut_off(model: Any, fast: Any) -> None:
+    ids, mask = prompt(7, batch=2), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    found = kvpass.generate(fast, ids, 5, attention_mask=mask)
+    assert found[1].tolist() == ids[1, 3:].tolist() + greedy(model, ids[1, 3:], 5)
+
+
+def test_a_text_ends_at_its_own_end(model: Any, fast: Any) -> None:
+    ids = torch.cat([prompt(9), prompt(9, 5)])
+    own = [greedy(model, row, 12) for row in ids]
+    end = own[0][4]
+    cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in own]
+    found = kvpass.generate(fast, ids, 12, eos_token_id=end, pad_token_id=1)
+    for row, tokens in zip(found[:, 9:].tolist(), cut, strict=True):
+        assert row == tokens + [1] * (len(row) - len(tokens))
+    details = kvpass.generate(fast, ids, 12, eos_token_id=end, details=True)
+    assert details.tokens == cut
+    assert details.calls == max(map(len, cut))
+
+
+def test_stops(model: Any, fast: Any) -> None:
+    ids, own = prompt(9), greedy(model, prompt(9)[0], 10)
+    first = next(k for k in range(2, 11) if own[k - 2 : k] == own[2:4])
+    assert kvpass.generate(fast, ids, 10, stop=[own[2:4]], details=True).tokens == [own[:first]]
+    assert kvpass.generate(fast, ids, 10, stop=lambda tokens: len(tokens) == 3, details=True).tokens == [own[:3]]
+    with pytest.raises(kvpass.errors.InputError, match="a stop is"):
+        kvpass.generate(fast, ids, 10, stop=["end"])
+
+
+def test_a_seed_reproduces_whatever_else_is_in_the_batch(fast: Any) -> None:
+    ids = torch.cat([prompt(9), prompt(9, 5)])
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 20, "seed": 7}
+    both = kvpass.generate(fast, ids, 12, **options)
+    assert torch.equal(both, kvpass.generate(fast, ids, 12, **options))
+    assert torch.equal(both[:1], kvpass.generate(fast, ids[:1], 12, **options))
+    assert not torch.equal(both, kvpass.generate(fast, ids, 12, **options | {"seed": 8}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.4},
+        {"temperature": 1.6, "top_k": 30, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_transformers(options: dict[str, Any]) -> None:
+    p = transformers.generation.logits_process
+    theirs = {
+        "repetition_penalty": p.RepetitionPenaltyLogitsProcessor,
+        "temperature": p.TemperatureLogitsWarper,
+        "top_k": p.TopKLogitsWarper,
+        "top_p": p.TopPLogitsWarper,
+        "min_p": p.MinPLogitsWarper,
+    }
+    ids, logits = prompt(30)[0], torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 4
+    expected = logits.clone()[None]
+    for name, kind in theirs.items():
+        if name in options:
+            expected = kind(options[name])(ids[None], expected)
+    torch.testing.assert_close(Sampling(do_sample=True, **options).scores(ids, logits), expected[0])
+
+
+def test_processors_of_transformers_are_taken(fast: Any) -> None:
+    ids = prompt(9)
+    ban = transformers.generation.logits_process.SuppressTokensLogitsProcessor(list(range(30)), device="cpu")
+    made = kvpass.generate(fast, ids, 10, logits_processor=[ban], details=True).tokens[0]
+    assert min(made) >= 30
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.got: list[Any] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.got.append(tokens.tolist())
+
+    def end(self) -> None:
+        self.got.append("end")
+
+
+def test_tokens_as_they_come(model: Any, fast: Any) -> None:
+    ids, own = prompt(9), greedy(model, prompt(9)[0], 6)
+    assert list(kvpass.stream(fast, ids, 6)) == own
+    streamer = Streamer()
+    kvpass.generate(fast, ids, 6, streamer=streamer)
+    assert streamer.got == [ids.tolist(), *[[token] for token in own], "end"]
+    with pytest.raises(kvpass.errors.InputError, match="one prompt, not 2"):
+        kvpass.stream(fast, torch.cat([ids, ids]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"top_k": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": -1},
+        {"draft": "lookahead"},
+        {"draft": "prompt-lookup", "k": 0},
+    ],
+    ids=str,
+)
+def test_what_is_out_of_range_is_named(fast: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(kvpass.errors.InputError):
+        kvpass.generate(fast, prompt(5), **{"max_new_tokens": 2, **options})
+
+
+def test_a_prompt_without_tokens(fast: Any) -> None:
+    with pytest.raises(kvpass.errors.InputError, match="at least one token"):
+        kvpass.generate(fast, torch.zeros(1, 0, dtype=torch.long))
+
+
+class Plain(nn.Module):
+    """A model that is nothing but ids to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.head(x + y)
+
+
+def test_a_module_that_is_not_compiled_is_compiled() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = Plain().eval()
+    ids = prompt(6)[0]
+    expected = ids
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat([expected, plain(expected[None])[0, -1].argmax().reshape(1)])
+    with recording() as found:
+        assert kvpass.generate(plain, ids, 8).tolist() == [expected.tolist()]
+    assert any(record.program is not None for record in found)
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_session_goes_on_back_and_apart(model: Any, fast: Any) -> None:
+    ids = prompt(9)
+    with kvpass.open(fast, ids) as session:
+        assert session.length == 9
+        new = torch.tensor([[5, 6, 7]])
+        logits = session.extend(new)
+        whole = torch.cat([ids, new], 1)
+        torch.testing.assert_close(logits, model(whole).logits[:, -3:], rtol=1e-4, atol=1e-4)
+        session.rewind(2)
+        assert torch.equal(session.ids, whole[:, :10])
+        many = session.fork(3)
+        logits = many.extend(torch.tensor([[1], [2], [3]]))
+        texts = torch.cat([whole[:, :10].expand(3, -1), torch.tensor([[1], [2], [3]])], 1)
+        torch.testing.assert_close(logits, model(texts).logits[:, -1:], rtol=1e-4, atol=1e-4)
+        many.reorder([2, 0, 2])
+        assert torch.equal(many.ids, texts[[2, 0, 2]])
+        torch.testing.assert_close(many.extend(4), model(torch.cat([many.ids], 1)).logits[:, -1:], rtol=1e-4, atol=1e-4)
+        assert session.length == 10
+        with pytest.raises(kvpass.errors.InputError, match="at least one stays"):
+            session.rewind(10)
+        with pytest.raises(kvpass.errors.InputError, match="cannot follow"):
+            session.extend(torch.zeros(2, 1))
+    with pytest.raises(kvpass.errors.InputError, match="closed"):
+        session.extend(1)
+
+
+@torch.no_grad()
+def test_a_session_and_a_call_find_each_others_rows(model: Any) -> None:
+    torch._dynamo.reset()
+    cache = kvpass.Cache("64MiB")
+    fast = kvpass.compile(model, cache=cache)
+    ids = prompt(40, 9)
+    with kvpass.open(fast, ids) as session:
+        session.extend(5)
+    before = cache.stats().rows_computed
+    longer = torch.cat([ids, torch.tensor([[5, 6]])], 1)
+    fast(longer, use_cache=False)
+    assert cache.stats().rows_computed - before == 1
+    with kvpass.open(fast, longer):
+        assert cache.stats().rows_computed - before == 2  # one row is always computed
+
+
+# -- speculation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draft", ["prompt-lookup", "itself", "another"])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_speculation_makes_the_greedy_text(model: Any, fast: Any, draft: str, k: int) -> None:
+    helper: Any = {"itself": fast, "another": llama(1, seed=4)}.get(draft, draft)
+    ids = torch.cat([prompt(6), prompt(6), prompt(5, 8)], 1)
+    found = kvpass.generate(fast, ids, 15, draft=helper, k=k, details=True)
+    assert found.tokens == [greedy(model, ids[0], 15)]
+    if draft == "itself":
+        assert found.acceptance == 1.0
+        assert found.calls < 15
+
+
+def test_speculation_ends_where_the_text_ends(model: Any, fast: Any) -> None:
+    own = greedy(model, prompt(9)[0], 12)
+    found = kvpass.generate(fast, prompt(9), 12, eos_token_id=own[5], draft=fast, k=4, details=True)
+    assert found.tokens == [own[: own.index(own[5]) + 1]]
+
+
+@pytest.mark.parametrize("certain", [False, True], ids=["drawn", "looked up"])
+def test_the_rejection_rule_keeps_the_distribution(certain: bool) -> None:
+    """Chi-square of 40,000 first tokens; 99.9 % of right samplers stay below the bound."""
+    p = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
+    q = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2])
+    own, count = torch.Generator().manual_seed(0), 40_000
+    seen = torch.zeros(5)
+    for _ in range(count):
+        token = 2 if certain else int(torch.multinomial(q, 1, generator=own))
+        stand, after = accept([(token, None if certain else q)], [p, p], own)
+        seen[token if stand else after] += 1
+    expected = p * count
+    assert float(((seen - expected) ** 2 / expected).sum()) < 18.5  # 4 degrees of freedom
+
+
+def test_a_wrong_rule_would_be_seen() -> None:
+    """The same test for a rule that draws again from the model's own distribution after a rejection."""
+    p, q = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04]), torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2])
+    own, count = torch.Generator().manual_seed(0), 40_000
+    seen = torch.zeros(5)
+    for _ in range(count):
+        token = int(torch.multinomial(q, 1, generator=own))
+        stands = float(torch.rand((), generator=own)) * float(q[token]) < float(p[token])
+        seen[token if stands else int(torch.multinomial(p, 1, generator=own))] += 1
+    expected = p * count
+    assert float(((seen - expected) ** 2 / expected).sum()) > 18.5
