@@ -156,13 +156,14 @@ def _compilations(target: str) -> list[Any]:
     model, args, kwargs = resolve(target)
     import torch
 
-    from kvpass.frontend.api import compile, recording
+    from kvpass.frontend.api import compile, recording, wait
 
     with recording() as found, torch.no_grad():
         try:
             compile(model)(*args, **kwargs)
         except Exception as error:  # the user's own code again
             raise InputError(f"running {target} raised {type(error).__name__}: {_first_line(error)}") from error
+    wait()
     return found
 
 

@@ -78,6 +78,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with recording() as found, torch.no_grad():
         torch._dynamo.reset()
         compile(model)(*args, **kwargs)
+    wait()
     torch._dynamo.reset()
     return Report.of(found)
 

@@ -25,6 +25,7 @@ from kvpass.report.parts import (
     Record,
     RefusalReport,
     SlotReport,
+    StepReport,
     incremental_of,
 )
 from kvpass.report.reading import op_name, readings, unrecognised
@@ -41,7 +42,7 @@ def graph_report(record: Record) -> GraphReport:
     """Everything that a report says of one graph."""
     incremental = incremental_of(record)
     if incremental is not None:
-        return _rewritten(incremental)
+        return replace(_rewritten(incremental), compiled=step_reports(record))
     refusal = record.refusal or getattr(record.program, "refusal", None)
     refusals = (refusal_report(refusal),) if refusal is not None else ()
     if record.captured is None:
@@ -58,6 +59,19 @@ def graph_report(record: Record) -> GraphReport:
 
 def refusal_report(refusal: errors.Refusal) -> RefusalReport:
     return RefusalReport(**refusal.to_dict())
+
+
+def step_reports(record: Record) -> tuple[StepReport, ...]:
+    """The compiled steps that there are by now."""
+    steps = getattr(record.program, "steps", None)
+    out = []
+    for regime, tape, reason in [] if steps is None else steps.describe():
+        if tape is None:
+            out.append(StepReport(regime, reason=reason))
+        else:
+            written = dict.fromkeys(str(getattr(host.target, "__name__", host.target)) for host in tape.hosts)
+            out.append(StepReport(regime, tape.instructions, tape.functions, tuple(written)))
+    return tuple(out)
 
 
 def _rewritten(incremental: Incremental) -> GraphReport:

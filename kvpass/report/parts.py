@@ -156,6 +156,23 @@ class SlotReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """How calls of a few new rows run.
+
+    Attributes:
+        regime: which calls. instructions: ops of a step, of which equal ones share one of ``functions`` in C++.
+        written: the ops between them that run as they are written, each once.
+        reason: why there is no compiled step, or empty.
+    """
+
+    regime: str
+    instructions: int = 0
+    functions: int = 0
+    written: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """What was learnt of one graph. Everything but ``refusals`` is empty where it was refused early."""
 
@@ -167,6 +184,7 @@ class GraphReport:
     unrecognised: tuple[UnrecognisedReport, ...] = ()
     readings: tuple[ReadingReport, ...] = ()
     slots: tuple[SlotReport, ...] = ()
+    compiled: tuple[StepReport, ...] = ()
     tensors: int = 0
     batch: str = ""
     tail: int = 0

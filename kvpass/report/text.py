@@ -15,6 +15,7 @@ from kvpass.report.parts import (
     ReadingReport,
     RefusalReport,
     SlotReport,
+    StepReport,
     UnrecognisedReport,
 )
 
@@ -59,6 +60,7 @@ def _graph(part: GraphReport) -> list[str]:
         ("Other ops that read earlier rows", [text for group in counted(part.readings) for text in _reading(*group)]),
         ("Stored", stored_lines(part) if part.proven else []),
         ("Outputs", _outputs(part.outputs)),
+        ("Steps of a few new rows", [_step(step) for step in part.compiled]),
         ("Hints", list(part.hints)),
     ]
     return [row for title, body in sections if body for row in ("", title, *(f"  {text}" for text in body))]
@@ -175,6 +177,15 @@ def stored_lines(part: GraphReport) -> list[str]:
     rows = "row is" if part.tail == 1 else f"{part.tail} rows are"
     lines.append(f"the last {rows} computed in every call, every other row once")
     return lines
+
+
+def _step(step: StepReport) -> str:
+    if step.reason:
+        return f"{step.regime}: op by op ({step.reason.splitlines()[0]})"
+    made = (
+        f"{step.regime}: compiled, {step.instructions} instructions of {step.functions} functions; no weight is copied"
+    )
+    return made + (f"; as written in between: {', '.join(step.written)}" if step.written else "")
 
 
 def _slot(count: int, slot: SlotReport) -> str:

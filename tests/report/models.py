@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvpass.frontend.api import compile as compile_incremental
-from kvpass.frontend.api import recording
+from kvpass.frontend.api import recording, wait
 from kvpass.report.parts import Record
 
 VOCABULARY, WIDTH, HEADS, ROWS = 11, 8, 2, 16
@@ -171,5 +171,6 @@ def compiled(name: str) -> list[Record]:
             compile_incremental(model, verify=False)(*kind.args())
         else:
             torch.compile(model, backend="kvpass", dynamic=False)(*kind.args())
+    wait()
     torch._dynamo.reset()
     return list(found)
