@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvpass import demos
 from kvpass.errors import InputError
+from kvpass.frontend import wait
 from kvpass.huggingface import import_transformers
 from kvpass.progress import progress, waiting
 
@@ -149,7 +150,9 @@ def warm_up(forward: Forward, ids: Tensor) -> None:
     """Two lengths: Dynamo compiles for the first one alone, then for a symbolic one, and then no more."""
     with _hushed():  # that the first one stays unrewritten is no news here
         forward(ids)
-        forward(torch.cat([ids, ids[:, :2]], dim=1))
+        for more in (2, 3):  # the step that the second one asks for is there when the third one has ended
+            forward(torch.cat([ids, ids[:, :more]], dim=1))
+            wait()
 
 
 @contextmanager

@@ -253,6 +253,9 @@ class Tape:
             whole = flat[: flat.numel() // what.dtype.itemsize * what.dtype.itemsize].view(what.dtype)
             return whole.as_strided(shape, strides, offset)
         tensor = buffer.tensor if buffer.tensor is not None else tensors[what.buffer]
+        if tensor.dtype != what.dtype:  # complex numbers that are read as real ones, or the other way round
+            first = tensor.storage_offset() * tensor.element_size() // what.dtype.itemsize + offset
+            return torch.empty(0, dtype=what.dtype).set_(tensor.untyped_storage(), first, shape, strides)
         if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
             return tensor
         return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
@@ -264,15 +267,18 @@ class Tape:
         args, kwargs = pytree.tree_map(given, (host.args, host.kwargs), is_leaf=is_value)
         results = pytree.tree_leaves(host.target(*args, **kwargs))
         for value, result in zip(pytree.tree_leaves(host.out, is_leaf=is_value), results, strict=True):
-            if not isinstance(value, Value) or (
-                self.buffers[value.buffer].made is not value and value != self.buffers[value.buffer].made
-            ):
-                continue
+            if not isinstance(value, Value) or value != self.buffers[value.buffer].made:
+                continue  # a number, or a view of what was there before
             shape, strides = [int(shown[x]) for x in value.sizes], [int(shown[x]) for x in value.strides]
             if list(result.shape) != shape or result.dtype != value.dtype:
                 raise Unexpected(f"{host.target} made {tuple(result.shape)} where {tuple(shape)} was expected")
-            if list(result.stride()) != strides:
+            if list(result.stride()) != strides or self._is_scratch(result):
                 copy = torch.empty_strided(shape, strides, dtype=value.dtype)
                 result = copy.copy_(result)
             tensors[value.buffer] = result
             self._base[value.buffer] = address(result)
+
+    def _is_scratch(self, tensor: Tensor) -> bool:
+        """Whether an op gave back memory that other values will take."""
+        storage = tensor.untyped_storage()._cdata
+        return any(storage == piece.untyped_storage()._cdata for piece in self._memory)

@@ -317,6 +317,35 @@ def test_what_has_no_rule_runs_as_it_is_written() -> None:
     torch.testing.assert_close(tape([x], [])[0], (2 * x).topk(3).values.exp())
 
 
+def test_complex_numbers_run_as_they_are_written() -> None:
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        x, turn = (graph.call_function(aten.view_as_complex.default, (node,)) for node in nodes)
+        both = graph.call_function(aten.view_as_real.default, (graph.call_function(aten.mul.Tensor, (x, turn)),))
+        return graph.call_function(aten.exp.default, (graph.call_function(aten.select.int, (both, 2, 1)),))
+
+    inputs = [floats(4, 6, 2), floats(4, 6, 2).flip(0)]
+    tape = tape_of(graph_of(call, 2), inputs)
+    expected = torch.view_as_real(torch.view_as_complex(inputs[0]) * torch.view_as_complex(inputs[1]))[..., 1].exp()
+    torch.testing.assert_close(tape(inputs, [])[0], expected)
+
+
+def test_memory_that_an_op_gives_back_is_not_taken_by_others() -> None:
+    """An op whose result is its operand, though it was another tensor when it was traced."""
+
+    def same(x: Tensor) -> Tensor:
+        return x.clone() if x.device.type == "meta" else x
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        (x,) = nodes
+        kept = graph.call_function(same, (graph.call_function(aten.mul.Tensor, (x, 2.0)),))
+        for _ in range(4):
+            x = graph.call_function(aten.add.Tensor, (x, 1.0))
+        return graph.call_function(aten.add.Tensor, (kept, x))
+
+    x = floats(3, 5)
+    torch.testing.assert_close(tape_of(graph_of(call, 1), [x])([x], [])[0], 2 * x + (x + 4))
+
+
 def test_an_op_that_needs_contents_is_no_part_of_a_tape() -> None:
     module = graph_of(lambda g, n: g.call_function(aten.nonzero.default, tuple(n)), 1)
     with pytest.raises(Untraceable):
