@@ -82,13 +82,30 @@ inline V load(const float16* p) {
   return v;
 #endif
 }
-inline float sum(V v) {
-  float all = 0;
-  float part[W];
-  std::memcpy(part, &v, sizeof v);
-  for (int width = W / 2; width; width /= 2)
-    for (int k = 0; k < width; ++k) part[k] += part[k + width];
-  return all + part[0];
+typedef float Quad __attribute__((vector_size(16)));
+inline Quad folded(V v) {
+  Quad q[W / 4];
+  std::memcpy(q, &v, sizeof v);
+  Quad all = q[0] + q[1];
+  for (int k = 2; k < W / 4; k += 2) all += q[k] + q[k + 1];
+  return all;
+}
+// The sums of COUNT vectors. Four at a time: a sum across a vector is dearer than a product.
+template <int COUNT>
+inline void sums(const V* v, float* to) {
+  int k = 0;
+#pragma GCC unroll 4
+  for (; k + 4 <= COUNT; k += 4) {
+    const Quad a = folded(v[k]), b = folded(v[k + 1]), c = folded(v[k + 2]), d = folded(v[k + 3]);
+    const Quad x = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    const Quad y = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    const Quad all = __builtin_shufflevector(x, y, 0, 2, 4, 6) + __builtin_shufflevector(x, y, 1, 3, 5, 7);
+    std::memcpy(to + k, &all, sizeof all);
+  }
+  for (; k < COUNT; ++k) {
+    const Quad q = folded(v[k]);
+    to[k] = (q[0] + q[2]) + (q[1] + q[3]);
+  }
 }
 template <class T>
 inline void ask(const T* p, int bytes) {
@@ -132,21 +149,25 @@ inline void dots(const float* x, int64_t width, const Matrix& m, int64_t o) {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < O; ++p) all[r][p][0] += load(w + p * m.row + k) * load(x + r * width + k);
+  V each[R * O];
+  float y[R * O];
+#pragma GCC unroll 16
+  for (int at = 0; at < R * O; ++at) {
+    each[at] = all[at / O][at % O][0];
 #pragma GCC unroll 4
+    for (int n = 1; n < N; ++n) each[at] += all[at / O][at % O][n];
+  }
+  sums<R * O>(each, y);
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
     for (int p = 0; p < O; ++p) {
-      V both = all[r][p][0];
-#pragma GCC unroll 4
-      for (int n = 1; n < N; ++n) both += all[r][p][n];
-      float y = sum(both);
-      for (int64_t rest = k; rest < width; ++rest) y += to_float(w[p * m.row + rest]) * x[r * width + rest];
-      from_float(m.bias ? y + to_float(m.bias[o + p]) : y, m.out[r * m.out_row + o + p]);
+      float total = y[r * O + p];
+      for (int64_t rest = k; rest < width; ++rest) total += to_float(w[p * m.row + rest]) * x[r * width + rest];
+      from_float(m.bias ? total + to_float(m.bias[o + p]) : total, m.out[r * m.out_row + o + p]);
     }
 }
 template <int R>
 void dots(const float* x, int64_t width, const Matrix& m, int64_t from, int64_t to) {
-  constexpr int O = W == 8 || R < 4 ? 1 : R == 4 ? 4 : 2;
+  constexpr int O = W == 8 || R < 8 ? 1 : 2;  // with many rows, loads of x are shared by two outputs
   int64_t o = from;
   for (; o + O <= to; o += O) dots<R, O>(x, width, m, o);
   for (; o < to; ++o) dots<R, 1>(x, width, m, o);
