@@ -12,6 +12,7 @@ import kvpass
 from kvpass.frontend.api import recording
 from kvpass.generation.sampling import Sampling
 from kvpass.generation.speculate import accept
+from kvpass.runtime.direct import Direct
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY = 61
@@ -215,6 +216,43 @@ def test_a_module_that_is_not_compiled_is_compiled() -> None:
     with recording() as found:
         assert kvpass.generate(plain, ids, 8).tolist() == [expected.tolist()]
     assert any(record.program is not None for record in found)
+
+
+class Turns(Plain):
+    """Another function from the twelfth row on, and one more after twenty."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        if ids.shape[1] > 12:
+            logits = -logits
+        return logits * 2 if ids.shape[1] <= 20 else logits.roll(1, dims=-1)
+
+
+@pytest.mark.parametrize("kind", [Plain, Turns])
+def test_a_loop_that_goes_past_dynamo_holds_its_guards(kind: type[Plain], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = kind().eval()
+    fast = kvpass.compile(plain, cache=kvpass.Cache("16MiB"))
+    calls: list[bool] = []
+    right = Direct.__call__
+
+    def count(self: Direct, ids: Tensor) -> Tensor | None:
+        found = right(self, ids)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Direct, "__call__", count)
+    ids = expected = prompt(5)[0]
+    with torch.no_grad():
+        for _ in range(24):
+            expected = torch.cat([expected, plain(expected[None])[0, -1].argmax().reshape(1)])
+    assert kvpass.generate(fast, ids[None], 24).tolist() == [expected.tolist()]
+    assert calls.count(True) > 15
+    assert (False in calls) is (kind is Turns)
+    calls.clear()
+    kvpass.generate(fast, ids[None], 5, streamer=Streamer())  # somebody else's code runs in between
+    assert not calls
 
 
 # -- sessions --------------------------------------------------------------------------------------------------------
