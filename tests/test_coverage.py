@@ -24,7 +24,7 @@ def texts(rows: int, seed: int = 0, batch: int = 2) -> Tensor:
 
 
 def compiled(model: Decoder, cache: kvpass.Cache) -> Any:
-    return kvpass.compile(model, cache=cache)
+    return kvpass.compile(model, cache=cache, tiers="compiled")
 
 
 def history(batches: bool) -> list[Tensor]:

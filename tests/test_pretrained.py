@@ -51,7 +51,7 @@ def pretrained(request: pytest.FixtureRequest) -> Pretrained:
     model, tokenizer = load(request.param)
     model.eval()
     cache = kvpass.Cache(capacity="256MiB", poison=True)
-    fast = torch.compile(model.forward, backend="kvpass", options={"cache": cache})
+    fast = torch.compile(model.forward, backend="kvpass", options={"cache": cache, "tiers": "compiled"})
     return Pretrained(model, tokenizer, fast, cache)
 
 
@@ -66,7 +66,7 @@ def greedy(forward: Callable[..., Any], ids: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def test_greedy_is_the_loop_without_a_cache(pretrained: Pretrained) -> None:
     cache = kvpass.Cache(capacity="256MiB", poison=True)
-    fast = kvpass.compile(pretrained.model, cache=cache)
+    fast = kvpass.compile(pretrained.model, cache=cache, tiers="compiled")
     ids = pretrained.encode(PROMPT)["input_ids"]
     got = greedy(fast, ids, TOKENS)
     assert got.shape == (1, ids.shape[1] + TOKENS)

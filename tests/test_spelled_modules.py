@@ -31,7 +31,7 @@ def test_module_is_proven_exact_and_lowered(name: str) -> None:
     model = spec.build()
     memory = torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(0))
     cache = kvpass.Cache(capacity="8MiB", page_size=4, poison=True)
-    fast = kvpass.compile(model, cache=cache)
+    fast = kvpass.compile(model, cache=cache, tiers="compiled")
     with recording() as found:
         for ids in texts():
             check_same(fast, model, [ids, memory] if spec.memory else [ids])

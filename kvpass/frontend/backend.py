@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -42,13 +43,13 @@ class Options:
         verify: compare the rewritten graph with the captured one, on the real weights, before it is used.
         autotune: on a GPU, measure configurations of each attention kernel on its first call; winners stay on disk.
         tiers: when steps of a few rows are compiled on a CPU: ``auto``, in the background while calls run op by op;
-            ``compiled``, before the first call that needs one; ``eager``, never.
+            ``compiled``, before the first call that needs one; ``eager``, never. ``$KVPASS_TIERS`` is the default.
     """
 
     cache: Cache | None = None
     verify: bool = True
     autotune: bool = False
-    tiers: str = "auto"
+    tiers: str = field(default_factory=lambda: os.environ.get("KVPASS_TIERS", "auto"))
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:

@@ -8,13 +8,13 @@ from tests.property.oracle import Model
 def compiled(model: Transformer, capacity: str = "64MiB") -> tuple[Model, kvpass.Cache]:
     """Small pages, so that a text has several, filled with NaN, so that a row read before it is written shows."""
     cache = kvpass.Cache(capacity=capacity, page_size=4, poison=True)
-    return kvpass.compile(model, cache=cache), cache
+    return kvpass.compile(model, cache=cache, tiers="compiled"), cache
 
 
 def unverified(model: Transformer) -> tuple[Model, kvpass.Cache]:
     """Without the check at compile time, which would see a fault before a history does."""
     cache = kvpass.Cache(capacity="64MiB", page_size=4, poison=True)
-    return kvpass.compile(model, cache=cache, verify=False), cache
+    return kvpass.compile(model, cache=cache, verify=False, tiers="compiled"), cache
 
 
 def few_pages(model: Transformer) -> tuple[Model, kvpass.Cache]:

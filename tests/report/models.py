@@ -168,7 +168,7 @@ def compiled(name: str) -> list[Record]:
     torch._dynamo.reset()
     with recording() as found, torch.no_grad():
         if kind.dynamic:
-            compile_incremental(model, verify=False)(*kind.args())
+            compile_incremental(model, verify=False, tiers="auto")(*kind.args())
         else:
             torch.compile(model, backend="kvpass", dynamic=False)(*kind.args())
     wait()

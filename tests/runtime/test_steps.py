@@ -84,7 +84,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_step_is_compiled_in_the_background_and_taken_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = taken(monkeypatch)
-    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"))
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="auto")
     ids = grow(fast, model, torch.randint(0, 23, (1, 9)), 1, by=8)
     assert kvpass.wait(fast)
     grow(fast, model, ids, 5)
@@ -194,7 +194,7 @@ def test_a_failed_compilation_leaves_the_slow_path(
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr(steps.Arguments, "tape", broken)
-    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"))
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="auto")
     with caplog.at_level(logging.WARNING, "kvpass"):
         ids = grow(fast, model, torch.randint(0, 23, (1, 9)), 3)
         kvpass.wait(fast)
