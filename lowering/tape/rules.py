@@ -269,7 +269,6 @@ for op, formula in {
     aten.le: "({0} <= {1})",
     aten.gt: "({0} > {1})",
     aten.ge: "({0} >= {1})",
-    aten.remainder: "floor_mod({0}, {1})",
 }.items():
     for overload in ("Tensor", "Scalar"):
         RULES[getattr(op, overload)] = _binary(formula)
@@ -305,6 +304,13 @@ RULES[aten.logical_or.default] = _binary("(({0} != 0) | ({1} != 0))")
 RULES[aten.logical_xor.default] = _binary("(({0} != 0) ^ ({1} != 0))")
 
 
+def _safe(w: Writing) -> None:
+    """A division of whole numbers by nothing ends a process; the op of PyTorch's raises."""
+    divisor = w["other"]
+    if not w.out.dtype.is_floating_point and not (isinstance(divisor, int) and divisor > 0):
+        raise NoWords("a division of whole numbers by what may be zero")
+
+
 @rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
 def _div(w: Writing) -> str:
     mode = w.given.get("rounding_mode")
@@ -314,6 +320,7 @@ def _div(w: Writing) -> str:
         raise NoWords("a division that rounds")
     else:
         formula = "({0} / {1})" if mode == "trunc" else "floor_div({0}, {1})"
+    _safe(w)
     return pointwise(w, [w["self"], w["other"]], formula.format, computed(w.out.dtype))
 
 
@@ -321,7 +328,14 @@ def _div(w: Writing) -> str:
 def _floor_divide(w: Writing) -> str:
     if w.out.dtype.is_floating_point:
         raise NoWords("a division that rounds")
+    _safe(w)
     return pointwise(w, [w["self"], w["other"]], "floor_div({0}, {1})".format, "int64_t")
+
+
+@rule(aten.remainder.Tensor, aten.remainder.Scalar)
+def _remainder(w: Writing) -> str:
+    _safe(w)
+    return pointwise(w, [w["self"], w["other"]], "floor_mod({0}, {1})".format, _compute(w, w["self"], w["other"]))
 
 
 @rule(aten.pow.Tensor_Scalar)

@@ -88,9 +88,10 @@ CASES: list[Case] = [
     (aten.rsub.Scalar, [X], (1.0,), {}),
     (aten.remainder.Scalar, [WHOLE], (3,), {}),
     (aten.remainder.Tensor, [X, POSITIVE], (), {}),
-    (aten.floor_divide.default, [WHOLE, COUNT], (), {}),
-    (aten.div.Tensor_mode, [WHOLE, COUNT], (), {"rounding_mode": "trunc"}),
-    (aten.div.Tensor_mode, [WHOLE, COUNT], (), {"rounding_mode": "floor"}),
+    (aten.remainder.Scalar, [X], (0.3,), {}),
+    (aten.floor_divide.default, [WHOLE], (3,), {}),
+    (aten.div.Tensor_mode, [WHOLE], (3,), {"rounding_mode": "trunc"}),
+    (aten.div.Tensor_mode, [WHOLE], (3,), {"rounding_mode": "floor"}),
     (aten.div.Tensor, [WHOLE, COUNT], (), {}),
     (aten.bitwise_and.Tensor, [MASK, WHOLE > 0], (), {}),
     (aten.bitwise_or.Tensor, [WHOLE, COUNT], (), {}),
@@ -315,6 +316,16 @@ def test_what_has_no_rule_runs_as_it_is_written() -> None:
     tape = tape_of(graph_of(call, 1), [x])
     assert [host.target for host in tape.hosts] == [aten.topk.default]
     torch.testing.assert_close(tape([x], [])[0], (2 * x).topk(3).values.exp())
+
+
+@pytest.mark.parametrize("target", [aten.floor_divide.default, aten.remainder.Tensor])
+def test_a_division_by_zero_raises_and_ends_no_process(target: Any) -> None:
+    inputs = [WHOLE, COUNT.clone()]
+    tape = tape_of(graph_of(lambda g, n: g.call_function(target, tuple(n)), 2), inputs)
+    assert torch.equal(tape(inputs, [])[0], target(*inputs))
+    inputs[1][0, 0, 0] = 0
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        tape(inputs, [])
 
 
 def test_complex_numbers_run_as_they_are_written() -> None:
