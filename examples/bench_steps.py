@@ -135,14 +135,19 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return time.perf_counter() - start, tokens
 
 
+def cached_bytes(config: Any, rows: int) -> int:
+    """Of keys and values in float32 that a step after so many rows reads; a layer with a window reads that."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    read = sum(min(rows, config.sliding_window) if kind == "sliding_attention" else rows for kind in kinds)
+    return int(2 * read * config.num_key_value_heads * config.head_dim * 4)
+
+
 @torch.no_grad()
 def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Peer | None, bench: Bench) -> Point:
     """Steps of every way in turn, after the prompt ``ids`` [B, T]."""
     batch, rows = ids.shape
-    config = model.config
-    per_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    limit = bench.limit((weights + batch * rows * per_row) // 4096 * 4096)
+    limit = bench.limit((weights + batch * cached_bytes(model.config, rows)) // 4096 * 4096)
     theirs = dynamic_cache(model)
     texts = dict.fromkeys(("session", "kvpass", "DynamicCache"), ids)
     session = kvpass.open(fast, ids, logits_to_keep=1)
@@ -160,6 +165,9 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Pee
     seconds: dict[str, list[float]] = {way: [] for way in (*texts, "llama.cpp", "read")}
     seconds["generate"] = []
     for step in range(steps):
+        start = time.perf_counter()
+        limit()
+        seconds["read"].append(time.perf_counter() - start)
         if step % IN_A_ROW == 0:
             start = time.perf_counter()
             grown = kvpass.generate(fast, texts["kvpass"], IN_A_ROW)
@@ -171,9 +179,7 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Pee
         if peer is not None and batch == 1:
             taken, token = peer.ask([token])
             seconds["llama.cpp"].append(taken)
-        start = time.perf_counter()
-        limit()
-        seconds["read"].append(time.perf_counter() - start)
+            time.sleep(0.05)  # its threads look for work for a while
     point = Point(name, batch, rows)
     for way, times in seconds.items():
         if times and way != "read":
