@@ -301,6 +301,27 @@ def test_a_session_and_a_call_find_each_others_rows(model: Any) -> None:
         assert cache.stats().rows_computed - before == 2  # one row is always computed
 
 
+@torch.no_grad()
+def test_a_session_of_a_decoder_behind_an_encoder() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    heard, said = prompt(7), prompt(5, 2)
+    fast = kvpass.compile(t5, cache=kvpass.Cache("16MiB"))
+    with kvpass.open(fast, said, ids_name="decoder_input_ids", input_ids=heard, use_cache=False) as session:
+        for token in (4, 9, 5):
+            session.extend(token)
+            expected = t5(input_ids=heard, decoder_input_ids=session.ids, use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(session.logits, expected, rtol=1e-4, atol=1e-4)
+        both = session.fork(2)
+        both.extend(torch.tensor([[3], [8]]))
+        expected = t5(input_ids=heard.expand(2, -1), decoder_input_ids=both.ids, use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(both.logits, expected, rtol=1e-4, atol=1e-4)
+
+
 # -- speculation -----------------------------------------------------------------------------------------------------
 
 

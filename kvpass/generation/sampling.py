@@ -78,8 +78,8 @@ class Sampling:
         return scores
 
     def chances(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """The distribution ``[V]`` that a token is drawn from; all of it on one token where nothing is sampled."""
-        scores = self.scores(ids, logits)
+        """The distribution ``[V]`` that a token is drawn from, on the host; on one token where nothing is sampled."""
+        scores = self.scores(ids, logits).cpu()
         if self.do_sample:
             return scores.softmax(0)
         return torch.zeros_like(scores).index_fill(0, scores.argmax().reshape(1), 1.0)

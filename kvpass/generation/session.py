@@ -149,14 +149,15 @@ class Session:
 
 
 def open(
-    model: Callable[..., Any], input_ids: Tensor | Sequence[int], *, ids_name: str | None = None, **kwargs: Any
+    model: Callable[..., Any], input_ids: Tensor | Sequence[int], /, *, ids_name: str | None = None, **kwargs: Any
 ) -> Session:
     """Begin a session with a prompt, whose rows are computed where the cache does not have them.
 
     Args:
         model: compiled with ``backend="kvpass"``; a module that is not is compiled now.
         input_ids: ``[B, T]``, or ``[T]`` for one text.
-        ids_name: by which keyword the model takes the ids; by default they are its first argument.
+        ids_name: by which keyword the model takes the ids, ``decoder_input_ids`` for one, beside ``input_ids=`` for its
+            encoder; by default they are its first argument.
         **kwargs: of every call of the model.
 
     Raises:
