@@ -19,7 +19,7 @@ from tests.property.oracle import compare
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
-TOKENS, LOOP = (256, 256) if "KVPASS_SOAK" in os.environ else (96, 12)
+TOKENS, LOOP = (256, 256) if "KVPASS_SOAK" in os.environ else (64, 12)
 PROMPT = "Once upon a time, in a small village by the sea, there lived a"
 PROMPTS = [
     "The capital of France is",

@@ -28,7 +28,7 @@ LIBRARIES = libraries()
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason="the C++ compiler has no libasan.so and libubsan.so")
 
 
-def run(*words: str, level: str) -> None:
+def run(*words: str, level: str, module: str = "tests.lowering.sanitized_run") -> None:
     environment = os.environ | {
         "LD_PRELOAD": " ".join(LIBRARIES),
         "ASAN_OPTIONS": "detect_leaks=0",  # of the interpreter
@@ -36,7 +36,7 @@ def run(*words: str, level: str) -> None:
         "KVPASS_CXXFLAGS": f"{level} {FLAGS}",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.lowering.sanitized_run", *words]
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.fail(f"{done.stdout[-1000:]}\n{done.stderr[:6000]}", pytrace=False)
@@ -56,3 +56,8 @@ def test_all_shapes(group: str) -> None:
 @pytest.mark.soak
 def test_planted_faults_in_optimised_kernels() -> None:
     run("plants", level="-O1")
+
+
+@pytest.mark.soak
+def test_every_rule_of_a_tape() -> None:
+    run("-q", "-p", "no:cacheprovider", "-n", "0", "tests/lowering/test_tape.py", level="-O0", module="pytest")
