@@ -13,7 +13,7 @@ from tests.property.fast import compiled, few_pages
 from tests.property.history import draw_steps, run_history
 from tests.property.machine import SHRINKING, run_machine
 
-MODELS, STEPS = 48, 30
+MODELS, STEPS = 40, 30
 SOAK = int(os.environ.get("KVPASS_SOAK", "0"))
 SOAK_SEED = int(os.environ.get("KVPASS_SOAK_SEED", "100000"))
 
