@@ -44,7 +44,7 @@ constexpr float SMALLEST = -103.97f;  // below it e^x is zero
 
 // e^x as 2^n * p(f) with n + f = x / ln 2 and |f| <= 1/2 (Cody and Waite); in two steps, so that subnormal results are right.
 inline float exponential(float x) {
-  const float clamped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;
+  const float clamped = !(x > -104.0f) ? -104.0f : x < 89.0f ? x : 89.0f;  // NaN as well: it becomes a whole number
   const float shifted = clamped * 1.44269504088896341f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float f = clamped - n * 0.693359375f + n * 2.12194440e-4f;
