@@ -70,8 +70,6 @@ class _Loop:
             for number, (ids, own) in enumerate(zip(prompts, generators(len(prompts), seed), strict=True))
         ]
         self.calls = self.proposed = self.accepted = 0
-        self.alone = False
-        """Whether nobody else's code runs between two tokens."""
 
     def run(self) -> Iterator[tuple[int, int]]:
         """The number of a prompt and its next token, as they come.
@@ -89,7 +87,7 @@ class _Loop:
             if session is not None and session.length == least - 1 and torch.equal(session.ids, ids[:, :-1]):
                 session.extend(ids[:, -1:])
             else:
-                session = Session(self.forward, ids, None, kwargs, self.alone)
+                session = Session(self.forward, ids, None, kwargs)
             self.calls += 1
             for text, logits in zip(now, session.logits[:, -1], strict=True):
                 token = self.sampling.choose(text.ids, logits, text.generator)
@@ -203,9 +201,6 @@ def generate(
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, tuple(logits_processor))
     prompts, ends = _prompts(input_ids, attention_mask), _ends(eos_token_id)
     loop = _Loop(model, prompts, max_new_tokens, sampling, ends, stop, seed, model_kwargs)
-    loop.alone = (
-        streamer is None and not logits_processor and not any(map(callable, [stop] if callable(stop) else stop or ()))
-    )
     if streamer is not None:
         if len(prompts) != 1:
             raise errors.InputError(f"a streamer follows one prompt, not {len(prompts)}")

@@ -16,31 +16,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
-from kvpass.runtime.direct import Direct, watched
 
 
 class Session:
     """One or more texts of one length. `open` makes it; use it in a ``with`` block or call `close`.
-
-    Args:
-        alone: no code of the user's runs between two calls, so that nothing but the text can have changed.
 
     Attributes:
         ids: ``[B, T]``, all tokens so far.
         logits: what the model said of the last rows, ``[B, R, V]``.
     """
 
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        ids: Tensor,
-        name: str | None,
-        kwargs: Mapping[str, Any],
-        alone: bool = False,
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], ids: Tensor, name: str | None, kwargs: Mapping[str, Any]) -> None:
         self._forward, self._name, self._kwargs = forward, name, dict(kwargs)
-        self._alone = alone
-        self._direct: Direct | None = None
         self.ids, self.logits = ids, self._logits(ids, self._kwargs)
 
     @property
@@ -68,8 +55,6 @@ class Session:
             raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {held.shape[0]} texts")
         longer = torch.cat([held, new.expand(held.shape[0], -1)], dim=1)
         given = {**self._kwargs, **kwargs}
-        if kwargs:
-            self._direct = None
         logits = self._logits(longer, given)  # raises before anything has changed
         self.ids, self._kwargs, self.logits = longer, given, logits[:, -new.shape[1] :]
         return self.logits
@@ -114,26 +99,16 @@ class Session:
             return x[rows.to(x.device)] if mine else x
 
         other = object.__new__(Session)
-        other._forward, other._name, other._alone, other._direct = self._forward, self._name, self._alone, None
+        other._forward, other._name = self._forward, self._name
         other._kwargs = pytree.tree_map(pick, self._kwargs)
         other.ids, other.logits = self.ids[rows], self.logits[rows]
         return other
 
     def _logits(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         with torch.no_grad():
-            if self._direct is not None and (found := self._direct(ids)) is not None:
-                return logits_of(found)
-            if not self._alone:
-                return logits_of(self._called(ids, kwargs))
-            with watched() as made:
-                logits = logits_of(output := self._called(ids, kwargs))
-            self._direct = Direct.of(made, ids, getattr(output, "logits", output))
-            return logits
-
-    def _called(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        if self._name is None:
-            return self._forward(ids, **kwargs)
-        return self._forward(**{self._name: ids}, **kwargs)
+            if self._name is None:
+                return logits_of(self._forward(ids, **kwargs))
+            return logits_of(self._forward(**{self._name: ids}, **kwargs))
 
     def __enter__(self) -> Self:
         return self

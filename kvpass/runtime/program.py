@@ -21,7 +21,6 @@ from kvpass.analysis.identity import identities
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
-from kvpass.runtime.direct import note
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
 from kvpass.runtime.remembered import Remembered, storage_of
@@ -142,11 +141,6 @@ class Program:
         self._check = check
 
     def __call__(self, *args: Any) -> Outputs:
-        outputs = self._run(args)
-        note(self, args, outputs)
-        return outputs
-
-    def _run(self, args: Sequence[Any]) -> Outputs:
         if self._check is not None and not self._passes(args):
             return self._plainly(args)
         bound = self._current(args)

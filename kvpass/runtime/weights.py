@@ -23,8 +23,7 @@ from kvpass.analysis.identity import digest_of
 from kvpass.lowering.cpu import address
 from kvpass.runtime import written
 
-_SAMPLES = 8  # entries of each constant that are looked at
-_SHARES = 8  # calls in which all constants are looked at once
+_SAMPLES = 8  # entries of each constant that are looked at in every call
 _storage_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 _digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
 _far: Any = WeakIdKeyDictionary()  # tensor on a device -> (address, a view of its sample): one for all programs
@@ -67,37 +66,30 @@ def _far_view(tensor: torch.Tensor, peek: torch.Tensor) -> torch.Tensor:
 
 
 class _Sample:
-    """A few entries of many tensors, and what they were: each call looks at the next share of the tensors.
-
-    Numpy looks at the host's ten times faster than torch.
-    """
+    """A few entries of many tensors, and what they were; numpy looks at the host's ten times faster than torch."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        near: dict[torch.dtype, list[np.ndarray]] = {}
-        far: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._near: dict[torch.dtype, list[np.ndarray]] = {}
+        self._far: dict[torch.dtype, list[torch.Tensor]] = {}
         self._memory = [tensor.untyped_storage() for tensor in tensors]  # of the near views
         for tensor in tensors:
             peek = _peek(tensor)
             if peek is not None and _on_host(peek):
-                near.setdefault(peek.dtype, []).append(_near_view(peek))
+                self._near.setdefault(peek.dtype, []).append(_near_view(peek))
             elif peek is not None:
-                far.setdefault(peek.dtype, []).append(_far_view(tensor, peek))
-        shares = [peeks[k::_SHARES] for peeks in near.values() for k in range(_SHARES)]
-        self._near = [(peeks, _bytes(peeks)) for peeks in shares if peeks]
-        self._far = [(peeks, torch.cat(peeks)) for peeks in far.values()]
-        self._turn = 0
+                self._far.setdefault(peek.dtype, []).append(_far_view(tensor, peek))
+        self._near_was, self._far_was = self._look_near(), self._look_far()
+
+    def _look_near(self) -> list[bytes]:
+        return [np.concatenate(peeks).tobytes() for peeks in self._near.values()]
+
+    def _look_far(self) -> list[torch.Tensor]:
+        return [torch.cat(peeks) for peeks in self._far.values()]
 
     def same(self) -> bool:
-        self._turn += 1
-        if self._near:
-            peeks, was = self._near[self._turn % len(self._near)]
-            if _bytes(peeks) != was:
-                return False
-        return all(torch.equal(torch.cat(peeks), was) for peeks, was in self._far)
-
-
-def _bytes(peeks: list[np.ndarray]) -> bytes:
-    return np.concatenate(peeks).tobytes()
+        if self._look_near() != self._near_was:
+            return False
+        return all(torch.equal(now, was) for now, was in zip(self._look_far(), self._far_was, strict=True))
 
 
 def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]:
