@@ -253,25 +253,31 @@ for overload in ("Tensor", "Scalar"):
     RULES[getattr(aten.rsub, overload)] = _with_alpha("-", turned=True)
 
 
-def _binary(formula: str, compute: str | None = None) -> Rule:
+def _binary(formula: str) -> Rule:
     def made(w: Writing) -> str:
         a, b = w["self"], w["other"]
-        return pointwise(w, [a, b], formula.format, compute or _compute(w, a, b))
+        return pointwise(w, [a, b], formula.format, _compute(w, a, b))
 
     return made
 
 
-for op, formula in {
-    aten.mul: "({0} * {1})",
-    aten.eq: "({0} == {1})",
-    aten.ne: "({0} != {1})",
-    aten.lt: "({0} < {1})",
-    aten.le: "({0} <= {1})",
-    aten.gt: "({0} > {1})",
-    aten.ge: "({0} >= {1})",
-}.items():
+def _comparison(sign: str) -> Rule:
+    """A number of Python's is rounded to the type of the tensor that it is compared with; arithmetic does not do so."""
+
+    def made(w: Writing) -> str:
+        a, b = w["self"], w["other"]
+        if isinstance(b, float) and isinstance(a, Value) and a.dtype.is_floating_point:
+            b = float(torch.tensor(b, dtype=a.dtype))
+        return pointwise(w, [a, b], f"({{0}} {sign} {{1}})".format, _compute(w, a, b))
+
+    return made
+
+
+for overload in ("Tensor", "Scalar"):
+    RULES[getattr(aten.mul, overload)] = _binary("({0} * {1})")
+for op, sign in {aten.eq: "==", aten.ne: "!=", aten.lt: "<", aten.le: "<=", aten.gt: ">", aten.ge: ">="}.items():
     for overload in ("Tensor", "Scalar"):
-        RULES[getattr(op, overload)] = _binary(formula)
+        RULES[getattr(op, overload)] = _comparison(sign)
 RULES[aten.maximum.default] = _binary("larger({0}, {1})")
 RULES[aten.minimum.default] = _binary("smaller({0}, {1})")
 
@@ -398,19 +404,7 @@ def _masked_fill(w: Writing) -> str:
 def _chosen(w: Writing, condition: Any, yes: Any, no: Any) -> str:
     if w.tensor(condition).dtype is not torch.bool:
         raise NoWords("a condition that is no truth value")
-    compute = computed(w.out.dtype)
-    given = [condition, *(v for v in (yes, no) if isinstance(v, Value))]
-    out, condition, *rest = merged([w.out, *(w.tensor(v).across(w.out.sizes) for v in given)])
-
-    def body(index: list[str]) -> str:
-        mine = iter(rest)
-        loaded = [
-            f"{compute}({w.load(next(mine), index)})" if isinstance(v, Value) else f"{compute}({_number(w, v)})"
-            for v in (yes, no)
-        ]
-        return w.store(index, f"{w.load(condition, index)} ? {loaded[0]} : {loaded[1]}", out)
-
-    return w.loops(out.sizes, body)
+    return pointwise(w, [condition, yes, no], "({0} != 0 ? {1} : {2})".format, computed(w.out.dtype))
 
 
 # ---- made from nothing ---------------------------------------------------------------------------------------------
@@ -446,9 +440,7 @@ def _ones(w: Writing) -> str:
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(w: Writing) -> str:
     start, step = w.given.get("start", 0), w.given.get("step", 1)
-    compute = computed(w.out.dtype)
-    if compute != "int64_t" and not all(isinstance(v, (int, sympy.Basic)) for v in (start, step)):
-        compute = "double"
+    compute = "int64_t" if computed(w.out.dtype) == "int64_t" else "double"
     return w.loops(
         w.out.sizes,
         lambda index: w.store(
@@ -473,30 +465,28 @@ def _reshape(w: Writing) -> str:
     return f"int64_t at = {offset}; " + w.loops(x.sizes, lambda index: f"st(out[at++], {w.load(x, index)});")
 
 
+def _copied(w: Writing, piece: Value, strides: Sequence[Any], offset: Any) -> str:
+    """A piece of the result, which begins at ``offset`` there."""
+    to, of = merged([Value(w.out.buffer, w.out.dtype, piece.sizes, tuple(strides), w.out.offset + offset), piece])
+    return w.loops(to.sizes, lambda index: w.store(index, w.load(of, index), to))
+
+
 @rule(aten.cat.default, aten.concat.default)
 def _cat(w: Writing) -> str:
-    pieces = [w.tensor(v) for v in w["tensors"]]
-    pieces = [v for v in pieces if len(v.sizes) == len(w.out.sizes)]
+    pieces = [v for v in map(w.tensor, w["tensors"]) if len(v.sizes) == len(w.out.sizes)]
     axis, at, text = int(w["dim"]) % len(w.out.sizes), sympy.S.Zero, []
     for piece in pieces:
-        part = Value(w.out.buffer, w.out.dtype, piece.sizes, w.out.strides, w.out.offset + at * w.out.strides[axis])
-        to, of = merged([part, piece])
-        text.append(w.loops(to.sizes, lambda index, to=to, of=of: w.store(index, w.load(of, index), to)))  # type: ignore[misc]
+        text.append(_copied(w, piece, w.out.strides, at * w.out.strides[axis]))
         at = at + piece.sizes[axis]
     return "\n  ".join(text)
 
 
 @rule(aten.stack.default)
 def _stack(w: Writing) -> str:
-    pieces = [w.tensor(v) for v in w["tensors"]]
     axis = int(w["dim"]) % len(w.out.sizes)
-    text = []
-    for k, piece in enumerate(pieces):
-        strides = tuple(s for d, s in enumerate(w.out.strides) if d != axis)
-        part = Value(w.out.buffer, w.out.dtype, piece.sizes, strides, w.out.offset + k * w.out.strides[axis])
-        to, of = merged([part, piece])
-        text.append(w.loops(to.sizes, lambda index, to=to, of=of: w.store(index, w.load(of, index), to)))  # type: ignore[misc]
-    return "\n  ".join(text)
+    strides = [s for d, s in enumerate(w.out.strides) if d != axis]
+    pieces = enumerate(map(w.tensor, w["tensors"]))
+    return "\n  ".join(_copied(w, piece, strides, k * w.out.strides[axis]) for k, piece in pieces)
 
 
 @rule(aten.repeat.default)
@@ -522,16 +512,25 @@ def _repeat_interleave(w: Writing) -> str:
     axis = int(w["dim"]) % len(x.sizes)
 
     def body(index: list[str]) -> str:
-        own = [f"{i} / {_number(w, times)}" if k == axis else i for k, i in enumerate(index)]
-        return w.store(index, w.load(x, own))
+        return w.store(index, w.load(x, _with(index, axis, f"{index[axis]} / {_number(w, times)}")))
 
     return w.loops(w.out.sizes, body)
 
 
-def _checked(w: Writing, index: str, size: Any, wraps: bool) -> str:
-    """Statements that make ``j`` a valid index, or end the call."""
-    wrap = f"if (j < 0) j += {w.size(size)}; " if wraps else ""
-    return f"int64_t j = {index}; {wrap}if (j < 0 || j >= {w.size(size)}) return OUT_OF_RANGE; "
+def _checked(w: Writing, name: str, index: str, size: Any, wraps: bool = False) -> str:
+    """Statements that make ``name`` a valid index, or end the call."""
+    wrap = f"if ({name} < 0) {name} += {w.size(size)}; " if wraps else ""
+    return f"int64_t {name} = {index}; {wrap}if ({name} < 0 || {name} >= {w.size(size)}) return OUT_OF_RANGE; "
+
+
+def _with(index: Sequence[str], axis: int, other: str) -> list[str]:
+    """An index in which one axis has another place."""
+    return [*index[:axis], other, *index[axis + 1 :]]
+
+
+def _but(x: Value, axis: int) -> list[Any]:
+    """Sizes in which one axis has a single entry."""
+    return [sympy.S.One if d == axis else size for d, size in enumerate(x.sizes)]
 
 
 def _whole(value: Value) -> Value:
@@ -555,7 +554,7 @@ def _embedding(w: Writing) -> str:
             lambda k: f"st(out[to + {w.words.at(to, k)}], ld({w.pointer(weight)}[of + {w.words.at(row, k)}]));",
             "k",
         )
-        return _checked(w, w.load(ids, index), weight.sizes[0], False) + place + inner
+        return _checked(w, "j", w.load(ids, index), weight.sizes[0]) + place + inner
 
     return w.loops(ids.sizes, body)
 
@@ -566,8 +565,8 @@ def _index_select(w: Writing) -> str:
     axis = int(w["dim"]) % len(x.sizes)
 
     def body(index: list[str]) -> str:
-        own = [*index[:axis], "j", *index[axis + 1 :]]
-        return _checked(w, w.load(ids, [index[axis]]), x.sizes[axis], False) + w.store(index, w.load(x, own))
+        found = w.store(index, w.load(x, _with(index, axis, "j")))
+        return _checked(w, "j", w.load(ids, [index[axis]]), x.sizes[axis]) + found
 
     return w.loops(w.out.sizes, body)
 
@@ -578,8 +577,8 @@ def _gather(w: Writing) -> str:
     axis = int(w["dim"]) % len(x.sizes)
 
     def body(index: list[str]) -> str:
-        own = [*index[:axis], "j", *index[axis + 1 :]]
-        return _checked(w, w.load(ids, index), x.sizes[axis], False) + w.store(index, w.load(x, own))
+        found = w.store(index, w.load(x, _with(index, axis, "j")))
+        return _checked(w, "j", w.load(ids, index), x.sizes[axis]) + found
 
     return w.loops(w.out.sizes, body)
 
@@ -601,10 +600,8 @@ def _index(w: Writing) -> str:
         inner = index[given[0] : given[0] + many]
         own, text = [*index[: given[0]]], ""
         for axis, p in zip(given, ids, strict=True):
-            name, size = f"j{axis}", w.size(x.sizes[axis])
-            text += f"int64_t {name} = {w.load(p, inner)}; if ({name} < 0) {name} += {size}; "
-            text += f"if ({name} < 0 || {name} >= {size}) return OUT_OF_RANGE; "
-            own.append(name)
+            text += _checked(w, f"j{axis}", w.load(p, inner), x.sizes[axis], wraps=True)
+            own.append(f"j{axis}")
         return text + w.store(index, w.load(x, [*own, *index[given[0] + many :]]))
 
     return w.loops(w.out.sizes, body)
@@ -637,8 +634,8 @@ def _pad(w: Writing) -> str:
         moved = [i if f == 0 else f"({i} - ({_number(w, f)}))" for i, f in zip(index, firsts, strict=True)]
         inside = " && ".join(
             f"{i} >= 0 && {i} < {w.size(size)}"
-            for i, size, whole in zip(moved, x.sizes, w.out.sizes, strict=True)
-            if size != whole
+            for i, f, size, whole in zip(moved, firsts, x.sizes, w.out.sizes, strict=True)
+            if f != 0 or size != whole
         )
         value = w.load(x, moved)
         return w.store(index, f"({inside or 'true'}) ? {value} : decltype({value})({_number(w, fill)})")
@@ -661,23 +658,19 @@ def _reduced(w: Writing, first: str, step: str, last: str = "{0}", simd: str = "
     if compute != computed(x.dtype) and computed(x.dtype) != "int64_t":
         raise NoWords("a sum in another type")
 
+    def spread(index: Sequence[str], k: Sequence[str]) -> list[str]:
+        by_axis = dict(zip((*kept, *dims), (*index, *k), strict=True))
+        return [by_axis[d] for d in range(len(x.sizes))]
+
     def body(index: list[str]) -> str:
         def inner(k: list[str]) -> str:
-            own = [""] * len(x.sizes)
-            for d, i in zip(kept, index, strict=True):
-                own[d] = i
-            for d, i in zip(dims, k, strict=True):
-                own[d] = i
-            return step.format(f"{compute}({w.load(x, own)})")
+            return step.format(f"{compute}({w.load(x, spread(index, k))})")
 
-        to = [""] * len(x.sizes)
-        for d, i in zip(kept, index, strict=True):
-            to[d] = i
-        place = ["0" if d in dims else to[d] for d in range(len(x.sizes))] if keeps else index
+        place = spread(index, ["0"] * len(dims)) if keeps else index
         count = w.size(sympy.Mul(*[x.sizes[d] for d in dims]))
         pragma = f'\n_Pragma("omp simd reduction({simd}:y)")\n' if simd and len(dims) == 1 else ""
         inside = w.loops([x.sizes[d] for d in dims], inner, "k")
-        head = f"{compute} y = {first.format(compute)}; "
+        head = f"{compute} y = {first}; "
         return head + pragma + inside + w.store(place, last.format("y", count))
 
     return w.loops([x.sizes[d] for d in kept], body)
@@ -721,16 +714,15 @@ def _cumsum(w: Writing) -> str:
     axis, compute = int(w["dim"]) % len(x.sizes), computed(w.out.dtype)
     if computed(x.dtype) != compute and computed(x.dtype) != "int64_t":
         raise NoWords("a sum in another type")
-    rest = [sympy.S.One if d == axis else size for d, size in enumerate(x.sizes)]
 
     def body(index: list[str]) -> str:
         def inner(k: list[str]) -> str:
-            own = [*index[:axis], k[0], *index[axis + 1 :]]
+            own = _with(index, axis, k[0])
             return f"y += {compute}({w.load(x, own)}); " + w.store(own, "y")
 
         return f"{compute} y = 0; " + w.loops([x.sizes[axis]], inner, "k")
 
-    return w.loops(rest, body)
+    return w.loops(_but(x, axis), body)
 
 
 def _normalised(log: bool, safe: bool = False) -> Rule:
@@ -738,12 +730,11 @@ def _normalised(log: bool, safe: bool = False) -> Rule:
         x = w.tensor(w["self"])
         axis = int(w["dim"]) % len(x.sizes) if x.sizes else 0
         compute = computed(w.out.dtype)
-        rest = [sympy.S.One if d == axis else size for d, size in enumerate(x.sizes)]
 
         def body(index: list[str]) -> str:
             def over(step: Callable[[str, list[str]], str]) -> str:
                 def inner(k: list[str]) -> str:
-                    own = [*index[:axis], k[0], *index[axis + 1 :]]
+                    own = _with(index, axis, k[0])
                     return step(f"{compute}({w.load(x, own)})", own)
 
                 return w.loops([x.sizes[axis]], inner, "k")
@@ -765,7 +756,7 @@ def _normalised(log: bool, safe: bool = False) -> Rule:
                 + over(result)
             )
 
-        return w.loops(rest, body)
+        return w.loops(_but(x, axis), body)
 
     return made
 

@@ -128,6 +128,8 @@ CASES: list[Case] = [
     (aten.triu.default, [floats(2, 7, 9)], (2,), {}),
     (aten.constant_pad_nd.default, [X], ([1, 2, 0, 3],), {"value": 4.0}),
     (aten.constant_pad_nd.default, [X], ([-2, 1],), {}),
+    *((aten.constant_pad_nd.default, [X], (shift,), {}) for shift in ([1, -1], [-1, 1], [0, 0, 1, -1])),
+    *((op(f"{name}.Scalar"), [torch.tensor([0.1, 0.2, 0.3]).bfloat16()], (0.1,), {}) for name in ("eq", "le", "mul")),
     *((op(name), [X], ([-1], True), {}) for name in ("sum.dim_IntList", "mean.dim", "amax", "amin")),
     *((op(name), [X], ([0, 2],), {}) for name in ("sum.dim_IntList", "mean.dim", "amax", "amin")),
     (aten.sum.dim_IntList, [WHOLE], ([1],), {}),
