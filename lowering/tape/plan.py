@@ -141,6 +141,8 @@ class Planner:
         if not any(is_tensor(leaf) for leaf in leaves):
             self.values[node] = pytree.tree_map(self._number, fake)
             return
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            raise Untraceable(f"{node.target} writes into an operand")
         given: Any = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         args, kwargs = given
         if node.target is ops.append:

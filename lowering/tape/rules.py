@@ -70,11 +70,6 @@ Rule = Callable[[Writing], str]
 RULES: dict[Any, Rule] = {}
 
 
-def overloads(op: Any) -> list[str]:
-    names: list[str] = op.overloads()
-    return names
-
-
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
     def add(made: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, made))
@@ -155,36 +150,35 @@ def _unary(formula: str) -> Rule:
     return made
 
 
-for op, formula in {
-    aten.exp: "exponential({0})",
-    aten.exp2: "exponential({0} * decltype({0})(0.69314718055994530942))",
-    aten.log: "logarithm({0})",
-    aten.log2: "(logarithm({0}) * decltype({0})(1.4426950408889634))",
-    aten.sin: "sine({0})",
-    aten.cos: "cosine({0})",
-    aten.tanh: "hyperbolic({0})",
-    aten.sqrt: "root({0})",
-    aten.rsqrt: "(1 / root({0}))",
-    aten.reciprocal: "(1 / {0})",
-    aten.erf: "error({0})",
-    aten.sigmoid: "sigmoid({0})",
-    aten.silu: "({0} * sigmoid({0}))",
-    aten.relu: "larger({0}, decltype({0})(0))",
-    aten.relu6: "smaller(larger({0}, decltype({0})(0)), decltype({0})(6))",
-    aten.neg: "(-{0})",
-    aten.abs: "magnitude({0})",
-    aten.square: "({0} * {0})",
-    aten.logical_not: "!{0}",
-    aten.isnan: "({0} != {0})",
-    aten.clone: "{0}",
-    aten.contiguous: "{0}",
-    aten.detach: "{0}",
-    aten.lift_fresh_copy: "{0}",
-    aten.alias: "{0}",
-    aten.expand_copy: "{0}",
+for target, formula in {
+    aten.exp.default: "exponential({0})",
+    aten.exp2.default: "exponential({0} * decltype({0})(0.69314718055994530942))",
+    aten.log.default: "logarithm({0})",
+    aten.log2.default: "(logarithm({0}) * decltype({0})(1.4426950408889634))",
+    aten.sin.default: "sine({0})",
+    aten.cos.default: "cosine({0})",
+    aten.tanh.default: "hyperbolic({0})",
+    aten.sqrt.default: "root({0})",
+    aten.rsqrt.default: "(1 / root({0}))",
+    aten.reciprocal.default: "(1 / {0})",
+    aten.erf.default: "error({0})",
+    aten.sigmoid.default: "sigmoid({0})",
+    aten.silu.default: "({0} * sigmoid({0}))",
+    aten.relu.default: "larger({0}, decltype({0})(0))",
+    aten.relu6.default: "smaller(larger({0}, decltype({0})(0)), decltype({0})(6))",
+    aten.neg.default: "(-{0})",
+    aten.abs.default: "magnitude({0})",
+    aten.square.default: "({0} * {0})",
+    aten.logical_not.default: "!{0}",
+    aten.isnan.default: "({0} != {0})",
+    aten.clone.default: "{0}",
+    aten.contiguous.default: "{0}",
+    aten.detach.default: "{0}",
+    aten.lift_fresh_copy.default: "{0}",
+    aten.alias.default: "{0}",
+    aten.expand_copy.default: "{0}",
 }.items():
-    for overload in overloads(op):
-        RULES[getattr(op, overload)] = _unary(formula)
+    RULES[target] = _unary(formula)
 
 
 @rule(aten.bitwise_not.default)
@@ -192,7 +186,9 @@ def _bitwise_not(w: Writing) -> str:
     return pointwise(w, [w["self"]], "!{0}".format if w.out.dtype is torch.bool else "~{0}".format, "int64_t")
 
 
-@rule(aten._to_copy.default, *(getattr(aten.to, name) for name in overloads(aten.to)), aten.type_as.default)
+@rule(
+    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.other, aten.to.dtype_layout, aten.type_as.default
+)  # fmt: skip
 def _to_copy(w: Writing) -> str:
     x = w.tensor(w["self"])
     if w.out.dtype is torch.bool:
@@ -303,7 +299,7 @@ for op, sign in {
     aten.__or__: "|",
 }.items():
     for overload in ("Tensor", "Scalar"):
-        if overload in overloads(op):
+        if hasattr(op, overload):
             RULES[getattr(op, overload)] = _logical(sign)
 RULES[aten.logical_and.default] = _binary("(({0} != 0) & ({1} != 0))")
 RULES[aten.logical_or.default] = _binary("(({0} != 0) | ({1} != 0))")

@@ -10,6 +10,7 @@ import pytest
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
 from kvpass.lowering.tape import plan as planning
@@ -50,8 +51,8 @@ def truth(*shape: int) -> Tensor:
 X, Y, ROW, COLUMN = floats(2, 3, 20), floats(2, 3, 20).flip(2), floats(20), floats(2, 3, 1)
 POSITIVE, WHOLE, COUNT, MASK = X.abs() + 0.1, whole(2, 3, 20), whole(2, 3, 20, low=1), truth(2, 3, 20)
 
-# (op, tensors, other arguments, keywords)
-Case = tuple[Any, list[Tensor], tuple[Any, ...], dict[str, Any]]
+# (op, first arguments, others, keywords)
+Case = tuple[Any, list[Any], tuple[Any, ...], dict[str, Any]]
 UNARY = (
     *("exp", "exp2", "sin", "cos", "tanh", "erf", "sigmoid", "silu", "relu", "relu6", "neg", "abs", "square", "gelu"),
     *("softplus", "leaky_relu", "clone", "logical_not", "isnan"),
@@ -81,6 +82,35 @@ CASES: list[Case] = [
     *((op(name), [X.bfloat16(), ROW.bfloat16()], (), {}) for name in BINARY),
     *((op(f"{name}.Scalar"), [X], (0.25,), {}) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul", "div", "add")),
     *((op(f"{name}.Scalar"), [WHOLE], (2,), {}) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul", "add", "sub")),
+    *((op(f"{name}.Scalar"), [WHOLE], (6,), {}) for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "__and__")),
+    *((op(f"{name}.Tensor"), [MASK, WHOLE > 0], (), {}) for name in ("__and__", "__or__")),
+    (aten.logical_xor.default, [MASK, WHOLE], (), {}),
+    (aten.rsub.Tensor, [X, ROW], (), {}),
+    (aten.div.Scalar_mode, [WHOLE, 3], (), {"rounding_mode": "floor"}),
+    (aten.floor_divide.Scalar, [WHOLE], (3,), {}),
+    (aten.pow.Scalar, [10000.0, X], (), {}),
+    (aten.clamp_max.default, [X], (0.5,), {}),
+    (aten.where.ScalarSelf, [MASK, -1.5, X], (), {}),
+    (aten.where.ScalarOther, [MASK, X, float("-inf")], (), {}),
+    (aten.where.Scalar, [MASK, 1.5, 2.5], (), {}),
+    (aten.full_like.default, [X], (2.5,), {}),
+    (aten.new_full.default, [X], ([3, 4], 7.0), {}),
+    (aten.fill.Scalar, [X], (3.0,), {}),
+    (aten.ones_like.default, [WHOLE], (), {}),
+    (aten.new_zeros.default, [X], ([2, 2],), {}),
+    (aten.new_ones.default, [X], ([2, 2],), {}),
+    (aten.flatten.using_ints, [X.transpose(1, 2)], (1,), {}),
+    (aten.view_copy.default, [X], ([6, 20],), {}),
+    (aten.type_as.default, [WHOLE, X], (), {}),
+    (aten.concat.default, [[X, Y, COLUMN]], (2,), {}),
+    (aten.stack.default, [[X, Y]], (-1,), {}),
+    (aten.pad.default, [X], ([2, 1],), {"value": 3.0}),
+    (aten.mean.default, [X], (), {}),
+    *((op(name), [MASK], (), {}) for name in ("any", "all")),
+    *((op(f"{name}.dims"), [MASK], ([0, 2],), {}) for name in ("any", "all")),
+    (aten._softmax.default, [X], (1, False), {}),
+    (aten._log_softmax.default, [X], (1, False), {}),
+    (aten.mm.default, [X[0], Y[1].T], (), {}),
     (aten.add.Tensor, [X, Y], (), {"alpha": 2}),
     (aten.sub.Tensor, [X, ROW], (), {"alpha": 3}),
     (aten.add.Tensor, [WHOLE, COUNT], (), {}),
@@ -157,22 +187,25 @@ CASES: list[Case] = [
 
 
 def name_of(case: Case) -> str:
-    target, tensors, args, kwargs = case
-    return f"{target}-{[str(x.dtype)[6:] for x in tensors]}-{args}-{list(kwargs)}"
+    target, first, args, kwargs = case
+    dtypes = [str(x.dtype)[6:] for x in pytree.tree_leaves(first) if isinstance(x, Tensor)]
+    return f"{target}-{dtypes}-{args}-{list(kwargs)}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_rule_is_the_op(case: Case) -> None:
-    target, tensors, args, kwargs = case
-    named = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    inputs = [*tensors, *named.values()]
+    """Tensors, wherever they are among the arguments, are the inputs of a graph of this one op."""
+    target, first, args, kwargs = case
+    given: Any = ((*first, *args), kwargs)
+    inputs = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
 
     def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
-        given = kwargs | dict(zip(named, nodes[len(tensors) :], strict=True))
-        return graph.call_function(target, (*nodes[: len(tensors)], *args), given)
+        left = iter(nodes)
+        own: Any = pytree.tree_map(lambda x: next(left) if isinstance(x, Tensor) else x, given)
+        return graph.call_function(target, *own)
 
     tape = tape_of(graph_of(call, len(inputs)), inputs)
-    (found,), expected = tape(inputs, []), target(*tensors, *args, **kwargs)
+    (found,), expected = tape(inputs, []), target(*given[0], **kwargs)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     limit = TOLERANCE.get(expected.dtype, 0.0)
@@ -357,6 +390,13 @@ def test_memory_that_an_op_gives_back_is_not_taken_by_others() -> None:
 
     x = floats(3, 5)
     torch.testing.assert_close(tape_of(graph_of(call, 1), [x])([x], [])[0], 2 * x + (x + 4))
+
+
+def test_an_op_that_writes_into_an_operand_is_no_part_of_a_tape() -> None:
+    for target, args in ((aten.add_.Tensor, (2.0,)), (aten.exp_.default, ())):
+        module = graph_of(lambda g, n, target=target, args=args: g.call_function(target, (n[0], *args)), 1)  # type: ignore[misc]
+        with pytest.raises(Untraceable, match="writes into an operand"):
+            tape_of(module, [floats(3)])
 
 
 def test_an_op_that_needs_contents_is_no_part_of_a_tape() -> None:
