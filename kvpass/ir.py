@@ -10,7 +10,7 @@ rows, ``P`` cached rows, ``N = S - P`` new rows, ``D`` head size.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -224,3 +224,22 @@ class KernelOps(Protocol):
         names: tuple[str, ...],
         loads: tuple[torch.Tensor, ...],
     ) -> torch.Tensor: ...
+
+
+def by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call in the order of its schema; what it is not given is as it is by default."""
+    schema = target._schema.arguments
+    given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+
+
+# Where the storage of a tensor begins, whatever entry of it is the tensor's first.
+storage_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where a tensor's first entry stands, without the writable pointer that ``data_ptr()`` asks for.
+
+    That would copy a lent tensor, and it is how `kvpass.runtime.written` tells that somebody may write.
+    """
+    return storage_address(tensor) + int(tensor.storage_offset()) * tensor.element_size()

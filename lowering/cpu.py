@@ -20,12 +20,6 @@ from kvpass.lowering import build, cpp, op
 MOST_DECODED = 16
 
 
-def address(tensor: Tensor) -> int:
-    """Where a tensor begins, without the writable pointer that ``data_ptr()`` takes: a lent tensor is copied for it."""
-    storage: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]
-    return storage + int(tensor.storage_offset()) * tensor.element_size()
-
-
 class Rows(NamedTuple):
     """Where keys or values are; strides count elements, and the last axis is dense.
 

@@ -104,6 +104,31 @@ def weight(*shape: int) -> tuple[Tensor, Weights]:
     return tensor, Weights({"w": tensor})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("held", [True, False], ids=["others see the memory", "nobody else does"])
+def test_weights_that_are_parts_of_one_memory(held: bool) -> None:
+    """What they are known by begins at their own first entry: in place, by another part, and in another model."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, cache = Small().eval(), kvpass.Cache(capacity="8MiB", page_size=4)
+    whole = torch.randn(3, 19, 8)
+    model.embed.weight.data, ids = whole[1], torch.randint(0, 19, (1, 12))
+    parts = [whole[0], whole[2]]
+    if not held:
+        del whole
+    fast = kvpass.compile(model, cache=cache)
+
+    def check() -> None:
+        torch.testing.assert_close(fast(ids), model(ids))
+
+    check()
+    model.embed.weight.data[7] += 1.0
+    check()
+    for part in parts:
+        model.embed.weight.data = part
+        check()
+
+
 def test_every_program_sees_a_write() -> None:
     tensor, first = weight(1000, 8)
     tensor.data[517, 3] = 1

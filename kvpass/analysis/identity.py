@@ -19,7 +19,7 @@ from torch import fx
 
 from kvpass.analysis.facts import Atom, Fact, Kind, index, leaf_name
 from kvpass.analysis.sweep import Analyzed, attribute, sym
-from kvpass.ir import Input, Role
+from kvpass.ir import Input, Role, address
 
 aten = torch.ops.aten
 
@@ -123,12 +123,8 @@ def _axis(dim: tuple[Atom, ...], rename: dict[Any, Any]) -> str:
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
-    """SHA-256 of a tensor's dtype, shape and contents.
-
-    ``numpy()`` would ask for a writable pointer, which is how `kvpass.runtime.written` tells that somebody may write.
-    """
+    """SHA-256 of a tensor's dtype, shape and contents. (``numpy()`` would ask for a writable pointer.)"""
     plain = tensor.detach().cpu().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    address = torch._C._data_address(plain)  # type: ignore[attr-defined]
-    data = (ctypes.c_char * plain.nbytes).from_address(address) if plain.nbytes else b""
+    data = (ctypes.c_char * plain.nbytes).from_address(address(plain)) if plain.nbytes else b""
     return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()

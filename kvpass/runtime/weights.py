@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter, is_
 from typing import Any
 
@@ -20,11 +20,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpass.analysis.identity import digest_of
-from kvpass.lowering.cpu import address
+from kvpass.ir import address, storage_address
 from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
-_storage_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 _digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
 _far: Any = WeakIdKeyDictionary()  # tensor on a device -> (address, a view of its sample): one for all programs
 
@@ -146,12 +145,8 @@ class Weights:
 
     def _state(self) -> list[int]:
         epochs = map(attrgetter("epoch"), self._storages)
-        return [
-            *map(_storage_address, self.tensors),
-            *map(torch.Tensor.storage_offset, self.tensors),
-            *map(attrgetter("_version"), self._versioned),
-            *epochs,
-        ]
+        places = *map(storage_address, self.tensors), *map(torch.Tensor.storage_offset, self.tensors)
+        return [*places, *map(attrgetter("_version"), self._versioned), *epochs]
 
     def _untouched(self) -> bool:
         if not all(map(written.bearing, self._marked)):

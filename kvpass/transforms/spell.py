@@ -12,6 +12,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from kvpass.ir import by_name
+
 aten = torch.ops.aten
 JOINS = (aten.cat.default, aten.concat.default)
 PADS = (aten.constant_pad_nd.default, aten.pad.default)
@@ -19,9 +21,7 @@ PADS = (aten.constant_pad_nd.default, aten.pad.default)
 
 def named(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by name, in the order of its schema; what it is not given is as it is by default."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
+    return by_name(node.target, node.args, node.kwargs)
 
 
 def filled(pad: fx.Node) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from kvpass.ir import Layout
+from kvpass.ir import Layout, by_name
 from kvpass.lowering import build, cpp, cpu, ops
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.tape.rules import RULES, Writing
@@ -82,7 +83,6 @@ class Planner:
     """From a graph to instructions."""
 
     def __init__(self, module: fx.GraphModule, traced: Traced, operands: Sequence[Operand]) -> None:
-        self.module, self.traced = module, traced
         self.symbols = list(traced.symbols.values())
         self.words = Words({symbol: k + 1 for k, symbol in enumerate(self.symbols)})
         self.buffers: list[Buffer] = []
@@ -98,8 +98,8 @@ class Planner:
             if node.op == "placeholder":
                 self._placeholder(node, fake, *next(placeholders))
             elif node.op == "get_attr":
-                tensor = functools.reduce(getattr, str(node.target).split("."), module)
-                self.values[node] = self._value(fake, self._add(Buffer(tensor=tensor)))  # type: ignore[arg-type]
+                tensor = operator.attrgetter(str(node.target))(module)
+                self.values[node] = self._value(fake, self._add(Buffer(tensor=tensor)))
             elif node.op == "call_function":
                 self._call(node, fake)
             else:
@@ -110,10 +110,8 @@ class Planner:
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def _add(self, buffer: Buffer, fake: Any = None) -> int:
+    def _add(self, buffer: Buffer) -> int:
         self.buffers.append(buffer)
-        if fake is not None:
-            self.by_memory[memory(fake)] = len(self.buffers) - 1
         return len(self.buffers) - 1
 
     def _value(self, fake: Any, buffer: int | None = None) -> Value:
@@ -180,8 +178,7 @@ class Planner:
         self.buffers[made.buffer].made = made
         return made
 
-    def _scratch(self, count: sympy.Expr, dtype: torch.dtype, shape: Sequence[sympy.Expr] = ()) -> Value:
-        shape = tuple(shape) or (count,)
+    def _scratch(self, shape: tuple[sympy.Expr, ...], dtype: torch.dtype) -> Value:
         strides = tuple(sympy.Mul(*shape[k + 1 :]) for k in range(len(shape)))
         made = Value(self._add(Buffer()), dtype, shape, strides)
         self.buffers[made.buffer].made = made
@@ -192,7 +189,7 @@ class Planner:
         if x.dense and x.offset == 0:
             return x
         if x not in self.copies:
-            self.copies[x] = copy = self._scratch(x.count, x.dtype, x.sizes)
+            self.copies[x] = copy = self._scratch(x.sizes, x.dtype)
             self._emit(RULES[aten.clone.default], {"self": x}, copy)
         return self.copies[x]
 
@@ -206,7 +203,7 @@ class Planner:
             target = aten.linear.default
         if not is_tensor(fake) or not hasattr(target, "_schema"):
             raise NoWords("several results")
-        given = _named(target, args, kwargs)
+        given = by_name(target, args, kwargs)
         product = self._product(target, given, fake)
         if product is not None:
             return product
@@ -288,7 +285,7 @@ class Planner:
         rows = sympy.Mul(*x.sizes[:-1])
         group = self.groups.get(x)
         if group is None:
-            scratch = self._scratch(rows * width, torch.float32)
+            scratch = self._scratch((rows * width,), torch.float32)
             group = self.groups[x] = Product(x, rows, [], scratch.buffer)
             self.steps.append(group)
         group.matrices.append((weight, bias, out, crossed))
@@ -388,12 +385,6 @@ class _Places:
 
 def is_value(x: Any) -> bool:
     return isinstance(x, Value)
-
-
-def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    schema = target._schema.arguments
-    given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema if a.name in given or a.has_default_value()}
 
 
 @functools.cache

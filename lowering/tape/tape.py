@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as sizes
 
+from kvpass.ir import address
 from kvpass.lowering import build, cpp
-from kvpass.lowering.cpu import address
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
 from kvpass.lowering.tape.trace import Operand, Traced, trace
@@ -189,7 +189,7 @@ class Tape:
             if weights is not self._weights or not all(map(operator.is_, now, self._held)):
                 if not all(map(_alike, now, self._held)):
                     return False
-                for (b, _), tensor in zip(self._fixed, now, strict=False):
+                for (b, _), tensor in zip(self._fixed, now, strict=True):
                     self.buffers[b].tensor, self._base[b] = tensor, address(tensor)
                 self._held, self._weights = now, weights
         return all(self._guard(*numbers))

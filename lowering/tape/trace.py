@@ -6,6 +6,7 @@ PyTorch's own tracers do: their state belongs to the whole process, and a tape i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
             if node.op == "placeholder":
                 values[node] = fake(next(given))
             elif node.op == "get_attr":
-                values[node] = _static(_attribute(module, str(node.target)))
+                values[node] = _static(operator.attrgetter(str(node.target))(module))
             elif node.op == "call_function":
                 known: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
                 args, kwargs = pytree.tree_map(_without_contents, known)
@@ -107,15 +108,7 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
                     raise Untraceable(f"{node.name}: {type(error).__name__}: {error}") from error
             elif node.op != "output":
                 raise Untraceable(f"{node.name} is a call of {node.op}")
-    guards = tuple(guard.expr for guard in env.guards)
-    return Traced(values, own, guards)
-
-
-def _attribute(module: fx.GraphModule, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    return Traced(values, own, tuple(guard.expr for guard in env.guards))
 
 
 def _without_contents(argument: Any) -> Any:
