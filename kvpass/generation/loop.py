@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -198,14 +198,14 @@ def generate(
     Raises:
         InputError: an argument is out of its range, or there is nothing to continue.
     """
-    sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, tuple(logits_processor))
-    prompts, ends = _prompts(input_ids, attention_mask), _ends(eos_token_id)
-    loop = _Loop(model, prompts, max_new_tokens, sampling, ends, stop, seed, model_kwargs)
+    loop, tokens = _begun(
+        model, input_ids, max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, eos_token_id=eos_token_id, stop=stop, seed=seed,
+        logits_processor=logits_processor, attention_mask=attention_mask, draft=draft, k=k, **model_kwargs,
+    )  # fmt: skip
     if streamer is not None:
-        if len(prompts) != 1:
-            raise errors.InputError(f"a streamer follows one prompt, not {len(prompts)}")
-        streamer.put(prompts[0].unsqueeze(0))
-    for _, token in _tokens(loop, draft, k):
+        streamer.put(_only(loop, "a streamer").unsqueeze(0))
+    for _, token in tokens:
         if streamer is not None:
             streamer.put(torch.tensor([token]))
     if streamer is not None:
@@ -215,7 +215,7 @@ def generate(
     texts = [text.ids for text in loop.texts]
     if not isinstance(input_ids, Tensor) or attention_mask is not None:
         return texts
-    fill = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
+    fill = pad_token_id if pad_token_id is not None else next(iter(_ends(eos_token_id)), 0)
     whole = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=fill)
     return whole.to(input_ids.dtype)
 
@@ -229,21 +229,38 @@ def stream(model: Callable[..., Any], input_ids: Any, max_new_tokens: int = 128,
     Raises:
         InputError: an argument is out of its range, or there is more than one prompt.
     """
-    prompts = _prompts(input_ids, options.pop("attention_mask", None))
-    if len(prompts) != 1:
-        raise errors.InputError(f"a stream follows one prompt, not {len(prompts)}")
-    draft, ahead, ends = options.pop("draft", None), options.pop("k", 4), _ends(options.pop("eos_token_id", None))
-    stop, seed = options.pop("stop", None), options.pop("seed", None)
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    chosen = {name: options.pop(name) for name in names if name in options}
-    processors = tuple(options.pop("logits_processor", ()))
-    loop = _Loop(model, prompts, max_new_tokens, Sampling(**chosen, processors=processors), ends, stop, seed, options)
-    return (token for _, token in _tokens(loop, draft, ahead))
+    loop, tokens = _begun(model, input_ids, max_new_tokens, **options)
+    _only(loop, "a stream")
+    return (token for _, token in tokens)
 
 
-def _tokens(loop: _Loop, draft: Any, ahead: int) -> Iterator[tuple[int, int]]:
+def _begun(
+    model: Callable[..., Any],
+    input_ids: Any,
+    count: int,
+    *,
+    eos_token_id: Any = None,
+    stop: Any = None,
+    seed: int | None = None,
+    logits_processor: Sequence[Processor] = (),
+    attention_mask: Any = None,
+    draft: Any = None,
+    k: int = 4,
+    **options: Any,
+) -> tuple[_Loop, Iterator[tuple[int, int]]]:
+    """A loop, and the number of a prompt with its next token, as they come."""
+    chosen = {f.name: options.pop(f.name) for f in fields(Sampling) if f.name in options}
+    sampling = Sampling(**chosen, processors=tuple(logits_processor))
+    prompts = _prompts(input_ids, attention_mask)
+    loop = _Loop(model, prompts, count, sampling, _ends(eos_token_id), stop, seed, options)
     if draft is None:
-        return loop.run()
-    if ahead < 1:
-        raise errors.InputError(f"k must be at least 1, but it is {ahead}")
-    return loop.speculate(draft_of(draft), ahead)
+        return loop, loop.run()
+    if k < 1:
+        raise errors.InputError(f"k must be at least 1, but it is {k}")
+    return loop, loop.speculate(draft_of(draft), k)
+
+
+def _only(loop: _Loop, who: str) -> Tensor:
+    if len(loop.texts) != 1:
+        raise errors.InputError(f"{who} follows one prompt, not {len(loop.texts)}")
+    return loop.texts[0].ids

@@ -49,8 +49,7 @@ class Session:
             InputError: the session is closed, or there is no new row.
         """
         held = self._open_ids()
-        new = torch.as_tensor(ids, dtype=held.dtype, device=held.device)
-        new = new.reshape(1, -1) if new.dim() < 2 else new
+        new = _texts(torch.as_tensor(ids, dtype=held.dtype, device=held.device))
         if new.shape[0] not in (1, held.shape[0]) or not new.shape[1]:
             raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {held.shape[0]} texts")
         longer = torch.cat([held, new.expand(held.shape[0], -1)], dim=1)
@@ -138,11 +137,15 @@ def open(
     Raises:
         InputError: there is no token, or the model returns no logits.
     """
-    ids = torch.as_tensor(input_ids)
-    ids = ids.reshape(1, -1) if ids.dim() < 2 else ids
+    ids = _texts(torch.as_tensor(input_ids))
     if ids.dim() != 2 or not ids.numel():
         raise errors.InputError(f"a prompt is [B, T] with at least one token, not {tuple(ids.shape)}")
     return Session(compiled(model), ids, ids_name, {**quiet(model), **kwargs})
+
+
+def _texts(ids: Tensor) -> Tensor:
+    """``[B, N]``, of one text where there is no axis for several."""
+    return ids.reshape(1, -1) if ids.dim() < 2 else ids
 
 
 def compiled(model: Callable[..., Any]) -> Callable[..., Any]:

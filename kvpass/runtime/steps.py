@@ -38,15 +38,19 @@ P, N = (sympy.Symbol(name, integer=True, positive=True) for name in ("start", "n
 
 @dataclass(frozen=True)
 class Regime:
-    """What one tape is made for: one new row or several, one sequence or several, contexts of certain sizes."""
+    """What one tape is made for: one new row or several, one sequence or several, contexts of certain sizes.
+
+    Attributes:
+        small: by place among the arguments, the sizes that are zero or one: broadcasting treats those alike.
+    """
 
     one_row: bool
-    ones: tuple[int, ...]
+    small: tuple[tuple[int, int], ...]
     shapes: tuple[Any, ...]
 
     def __str__(self) -> str:
         rows = "one new row" if self.one_row else "several new rows"
-        return f"{rows}, {'one sequence' if self.ones else 'any batch'}"
+        return f"{rows}, {'one sequence' if self.small else 'any batch'}"
 
 
 class Arguments:
@@ -65,12 +69,12 @@ class Arguments:
 
     def regime(self, args: Sequence[Any], new: int) -> Regime:
         shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args[self.extra :])
-        return Regime(new == 1, tuple(k for k in self.symbols if args[k] == 1), shapes)
+        return Regime(new == 1, tuple((k, int(args[k])) for k in self.symbols if args[k] <= 1), shapes)
 
     def numbers(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> list[int]:
         """The values of the symbols of a call."""
         out = [start] if regime.one_row else [start, new]
-        out += [int(args[k]) for k in self.symbols if k not in regime.ones]
+        out += [int(args[k]) for k in self.symbols if args[k] > 1]
         for at in range(self.first + 2, self.extra, 4):
             out += [args[at + 1].shape[1], args[at + 2]]
         return out
@@ -85,9 +89,9 @@ class Arguments:
             raise Untraceable("it is not on a CPU")
         rows = sympy.S.One if regime.one_row else N
         known: dict[sympy.Symbol, sympy.Expr] = {self.captured.seq: P + rows - self.captured.lead}
-        known |= {size: sympy.S.One for k, size in self.symbols.items() if k in regime.ones}
+        known |= {self.symbols[k]: sympy.Integer(size) for k, size in regime.small}
         symbols = [P] if regime.one_row else [P, N]
-        symbols += [size for k, size in self.symbols.items() if k not in regime.ones]
+        symbols += [size for k, size in self.symbols.items() if args[k] > 1]
         batch = sympy.sympify(self.captured.batch).xreplace(known)
         operands = [self._operand(k, known, args) for k in range(self.first)]
         operands += [Operand(number=P + rows), Operand(number=P)]
@@ -200,23 +204,15 @@ class Steps:
             held = self._made.get(regime, [])
             if regime in self._pending or len(held) >= _MOST_MADE or any(m.tape is None for m in held):
                 return
-            future = self._pending[regime] = Future()
-        given = list(args)
-
-        def make() -> None:
-            try:
-                made = self._make(regime, given, start, new)
-                with self._lock:
-                    self._made.setdefault(regime, []).append(made)
-            finally:
-                with self._lock:
-                    del self._pending[regime]
-                future.set_result(None)
-
+            future = self._pending[regime] = _WORKER.submit(self._prepare, regime, list(args), start, new)
         if self.tiers == "compiled":
-            make()
-        else:
-            _workers().submit(make)
+            future.result()
+
+    def _prepare(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> None:
+        made = self._make(regime, args, start, new)
+        with self._lock:
+            self._made.setdefault(regime, []).append(made)
+            del self._pending[regime]
 
     def _make(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> _Made:
         try:
@@ -244,19 +240,11 @@ class Steps:
             return [(str(regime), made.tape, made.reason) for regime, held in self._made.items() for made in held]
 
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-
-
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(1, thread_name_prefix="kvpass-compile", initializer=_step_aside)
-        return _pool
-
-
 def _step_aside() -> None:
     """The thread, and the compilers that it starts, take what the model leaves over."""
     with contextlib.suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICER)
+
+
+# Its thread begins with the first compilation.
+_WORKER = ThreadPoolExecutor(1, thread_name_prefix="kvpass-compile", initializer=_step_aside)

@@ -141,6 +141,24 @@ def test_batches_of_any_size_share_a_tape(model: Model, monkeypatch: pytest.Monk
     assert len(calls) >= 12
 
 
+def test_sizes_of_zero_and_one_are_regimes_of_their_own(model: Model) -> None:
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"))
+    with torch.no_grad():
+        torch._dynamo.mark_dynamic(ids := torch.randint(0, 23, (2, 9)), 0)
+        fast(ids)
+    program = records()[-1].program
+    assert program is not None
+    assert program.steps is not None
+    arguments = program.steps.arguments
+    (batch,) = arguments.symbols
+    args: list[Any] = [None] * arguments.first
+    regimes = []
+    for args[batch] in (0, 1, 2, 3):
+        regimes.append(arguments.regime(args, 1))
+    assert len(set(regimes)) == 3
+    assert regimes[2] == regimes[3]
+
+
 def test_weights_that_change_and_weights_that_move(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = taken(monkeypatch)
     fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled", verify=False)
