@@ -9,13 +9,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.frontend.export import exported
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
@@ -49,7 +49,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     _tie_lengths(fakes, constant)
     growing = _sequence_symbols(fakes, constant, _answered(gm))
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
-    module = _exported(gm, fakes)
+    module = exported(gm, fakes)
     refused: list[errors.Refusal] = []
     fixed = _numbers(fakes)
     for seq in growing:
@@ -68,23 +68,6 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
             yield replace(described, scalars=scalars, lead=lead)
     if len(refused) == len(growing):
         raise refused[0]
-
-
-def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """The functional ATen graph."""
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-    try:
-        with torch.no_grad():
-            module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
-    except Exception as error:
-        # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if changed:
-        raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
-    assert isinstance(module, fx.GraphModule)
-    return module
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:

@@ -1,0 +1,268 @@
+"""From Dynamo's graph to functional ATen ops, each run of ops that occurs again traced once.
+
+Tracing is what a first call waits for, and a deep model is one layer many times over. The graph is cut into pieces, and
+what tracing makes of a piece is kept under all that it can depend on: its ops, their arguments, and what is known of the
+values that it reads. Where the cuts are is a matter of speed alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch.utils import _pytree as pytree
+
+from kvpass import errors
+from kvpass.analysis.sweep import sym
+
+_TRIED = 24  # ops before which a graph may be cut: the cheapest one is taken
+_WORTH = 0.7  # of the ops of a graph, still to be traced
+_AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+_IDLE = {torch._C._log_api_usage_once}  # return nothing, and change nothing that tracing sees
+_Key = tuple[Any, ...]
+
+
+def exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The functional ATen graph; its outputs are a flat tuple.
+
+    Args:
+        gm: Dynamo's graph.
+        fakes: what its placeholders are, with symbolic sizes.
+
+    Raises:
+        CaptureFailed: PyTorch cannot trace it.
+        Mutation: it writes into an input.
+    """
+    pieces = _pieces(gm.graph)
+    joined = _Joined(gm, fakes).of(pieces) if pieces else None
+    return joined if joined is not None else _traced(gm, fakes)
+
+
+def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        with torch.no_grad():
+            module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+    except Exception as error:
+        # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if changed:
+        raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+# -- where to cut ---------------------------------------------------------------------------------------------------
+
+
+def _pieces(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The ops of a graph in runs of which most occur again; nothing where few do."""
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    free = _free(nodes)
+    results = [n for n in _results(graph) if isinstance(n, fx.Node)]
+    if free is None or any(n.op == "get_attr" or not _known(n) for n in results):
+        return []
+    numbers: dict[_Key, int] = {}
+    labels = [numbers.setdefault(_label(n), len(numbers)) for n in nodes]
+    count = Counter(labels)
+    found = min(
+        ([0, *(k for k, label in enumerate(labels) if label == at and k and free[k])] for at in _chosen(count)),
+        key=lambda cuts: _cost(labels, cuts),
+        default=[0],
+    )
+    if _cost(labels, found) > _WORTH * len(nodes):
+        return []
+    return [nodes[a:b] for a, b in zip(found, [*found[1:], len(nodes)], strict=True)]
+
+
+def _chosen(count: Counter[int]) -> Iterator[int]:
+    """Ops that are repeated; of those that are repeated equally often, a few."""
+    taken: Counter[int] = Counter()
+    for label, times in count.most_common():
+        if times > 1 and taken[times] < 3 and taken.total() < _TRIED:
+            taken[times] += 1
+            yield label
+
+
+def _cost(labels: Sequence[int], cuts: Sequence[int]) -> int:
+    """How many ops are to be traced: those of pieces that are unlike each other."""
+    return sum(map(len, {tuple(labels[a:b]) for a, b in zip(cuts, [*cuts[1:], len(labels)], strict=True)}))
+
+
+def _free(nodes: Sequence[fx.Node]) -> list[bool] | None:
+    """Whether a graph may be cut before each op; None where an op does something beside what it returns.
+
+    Tuples stay with what takes them apart, and entering autocast with leaving it.
+    """
+    place = {node: k for k, node in enumerate(nodes)}
+    free = [True] * len(nodes)
+    for k, node in enumerate(nodes):
+        if _known(node) or node.target in _IDLE:
+            continue
+        last = max((place[user] for user in node.users if user in place), default=k)
+        if node.target not in _AUTOCAST and not _several(node):
+            return None
+        if node.target is torch.amp.autocast_mode._enter_autocast and last == k:
+            return None
+        free[k + 1 : last + 1] = [False] * (last - k)
+    return free
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _known(node: fx.Node) -> bool:
+    """A tensor or a symbolic number: what may go from one piece to another."""
+    return isinstance(_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _several(node: fx.Node) -> bool:
+    value = _value(node)
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+    return isinstance(value, (tuple, list)) and all(isinstance(x, kinds) for x in pytree.tree_leaves(value))
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    return pytree.tree_leaves(graph.output_node().args)
+
+
+# -- what tracing can depend on -------------------------------------------------------------------------------------
+
+
+def _label(node: fx.Node) -> _Key:
+    """What an op is, and the types of what it reads."""
+    return (*_call(node, lambda x: (x.op == "get_attr" and x.target, *_type(_value(x)))),)
+
+
+def _call(node: fx.Node, named: Callable[[fx.Node], Any]) -> _Key:
+    return node.op, node.target, _plain(node.args, named), _plain(node.kwargs, named)
+
+
+def _plain(value: Any, named: Callable[[fx.Node], Any]) -> Any:
+    """An argument as something that is equal where, and only where, it says the same."""
+    if isinstance(value, fx.Node):
+        return fx.Node, named(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_plain(x, named) for x in value)
+    if isinstance(value, dict):
+        return dict, tuple((k, _plain(x, named)) for k, x in value.items())
+    if isinstance(value, slice):
+        return slice, tuple(_plain(x, named) for x in (value.start, value.stop, value.step))
+    if isinstance(value, (int, float, complex, str, type(None))):
+        return type(value), repr(value)  # -0.0 and NaN, too
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return type(value), value
+    return type(value), id(value)
+
+
+def _type(value: Any) -> _Key:
+    """What tracing sees of a value."""
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        sizes = tuple(map(sym, (*value.shape, *value.stride(), value.storage_offset())))
+        return type(value), sizes, value.dtype, value.device, value.requires_grad, value.is_conj(), value.is_neg()
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return type(value), value.node.expr
+    return type(value), id(value)
+
+
+# -- tracing and joining --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Joined:
+    """The pieces of a graph, traced and put one behind the other."""
+
+    gm: fx.GraphModule
+    fakes: Sequence[Any]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    held: dict[str, Any] = field(default_factory=dict)  # constants of the pieces
+    made: dict[_Key, fx.GraphModule] = field(default_factory=dict)
+    nodes: dict[fx.Node, Any] = field(default_factory=dict)  # of Dynamo's, what they are in the new graph
+
+    def of(self, pieces: Sequence[Sequence[fx.Node]]) -> fx.GraphModule | None:
+        """The whole graph; None where a piece writes into what it reads, or makes a size that only its data tells."""
+        places = self.gm.graph.find_nodes(op="placeholder")
+        for k, (place, fake) in enumerate(zip(places, self.fakes, strict=True)):
+            self.nodes[place] = node = self.graph.placeholder(f"arg{k}_1")
+            node.meta["val"] = fake
+        sizes = [place for place, fake in zip(places, self.fakes, strict=True) if isinstance(fake, torch.SymInt)]
+        known = set[sympy.Basic]().union(*map(_symbols, self.graph.nodes))
+        for piece in pieces:
+            try:
+                self._add(piece, sizes)
+            except errors.Mutation:
+                return None
+        if any(free - known for free in map(_symbols, self.graph.nodes)):
+            return None
+        self.graph.output(tuple(self.nodes.get(x, x) if isinstance(x, fx.Node) else x for x in _results(self.gm.graph)))
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(self.held, self.graph)
+
+    def _add(self, piece: Sequence[fx.Node], sizes: Sequence[fx.Node]) -> None:
+        inside = set(piece)
+        before = (x for node in piece for x in node.all_input_nodes if x not in inside and x.op != "get_attr")
+        given = list(dict.fromkeys([*sizes, *before]))
+        read = [node for node in piece if any(user not in inside for user in node.users)]
+        values = [x.meta["val"] if isinstance(x := self.nodes[node], fx.Node) else x for node in given]
+        place = {node: k for k, node in enumerate([*given, *piece])}
+        named = lambda x: place.get(x, (x.target, id(getattr(self.gm, str(x.target), None))))  # noqa: E731
+        key = (
+            tuple(map(_type, values)),
+            tuple(_call(node, named) for node in piece),
+            tuple(place[node] for node in read),
+        )
+        module = self.made.get(key)
+        if module is None:
+            module = self.made[key] = _traced(_cut_out(self.gm, piece, given, read), values)
+            self._keep(module, len(self.made))
+        inner = module.graph.find_nodes(op="placeholder")
+        results = self.graph.graph_copy(module.graph, dict(zip(inner, map(self.nodes.__getitem__, given), strict=True)))
+        self.nodes |= zip(read, pytree.tree_leaves(results), strict=True)
+
+    def _keep(self, module: fx.GraphModule, number: int) -> None:
+        """The constants of a piece, under names of their own."""
+        for node in module.graph.find_nodes(op="get_attr"):
+            name = f"piece{number}_{str(node.target).replace('.', '_')}"
+            self.held[name] = _attribute(module, str(node.target))
+            node.target = name
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _cut_out(
+    gm: fx.GraphModule, piece: Sequence[fx.Node], given: Sequence[fx.Node], read: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """The ops of a piece as a graph of their own."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in given}
+    for held in dict.fromkeys(x for node in piece for x in node.all_input_nodes if x.op == "get_attr"):
+        copies[held] = graph.node_copy(held)
+    for node in piece:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in read))
+    return fx.GraphModule(gm, graph)
+
+
+def _symbols(node: fx.Node) -> set[sympy.Basic]:
+    """The sizes that a value's type speaks of."""
+    found: set[sympy.Basic] = set()
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(value, torch.Tensor):
+            found |= {s for size in value.shape if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+        elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            found |= value.node.expr.free_symbols
+    return found

@@ -1,0 +1,171 @@
+"""What is put together of pieces is what tracing all of it at once gives, node by node."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import kvpass
+from kvpass import errors
+from kvpass.frontend import capture, export
+from tests.coverage import MODELS, VOCAB, build
+from tests.spellings.modules import MODULES, SIZE
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+
+
+def written(module: fx.GraphModule) -> list[Any]:
+    """A graph without the names of its nodes."""
+    place: dict[fx.Node, int] = {}
+    out = []
+    for node in module.graph.nodes:
+        place[node] = len(place)
+        args = export._plain((node.args, node.kwargs), place.__getitem__) if node.op != "placeholder" else ()
+        held = getattr(module, node.target) if node.op == "get_attr" else None
+        target = node.target if node.op == "call_function" else held.tolist() if isinstance(held, Tensor) else None
+        values = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else [node.meta.get("val")]
+        types = [export._type(x)[:4] for x in values if x is not None]  # not whether a weight wants gradients
+        out.append((node.op, target, args if node.op == "call_function" or node.op == "output" else (), types))
+    return out
+
+
+class Tracing:
+    """Stands for `exported`: keeps what is made, whole and in pieces, and ends the compilation there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, worth: float = 1e9) -> None:
+        self.whole: list[fx.GraphModule] = []
+        self.joined: list[fx.GraphModule] = []
+        self.traced: list[int] = []
+        monkeypatch.setattr(capture, "exported", self.exported)
+        monkeypatch.setattr(export, "_WORTH", worth)
+        one = export._traced
+
+        def counting(gm: fx.GraphModule, fakes: Any) -> fx.GraphModule:
+            self.traced[-1] += 1
+            return one(gm, fakes)
+
+        monkeypatch.setattr(export, "_traced", counting)
+        self.one = one
+
+    def exported(self, gm: fx.GraphModule, fakes: Any) -> fx.GraphModule:
+        self.traced.append(0)
+        self.joined.append(export.exported(gm, fakes))
+        self.whole.append(self.one(gm, fakes))
+        raise errors.SingleRow()
+
+    def check(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            kvpass.compile(model)(*args, **kwargs)
+        assert self.joined
+        for joined, whole in zip(self.joined, self.whole, strict=True):
+            assert written(joined) == written(whole)
+
+
+IDS = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_of_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MODULES[name]
+    Tracing(monkeypatch).check(spec.build(), IDS, *([torch.randn(2, 5, SIZE)] if spec.memory else []))
+
+
+@pytest.mark.parametrize("kind", MODELS[::4], ids=lambda kind: kind.__name__)
+def test_a_covered_model_of_pieces(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(kind)
+    Tracing(monkeypatch).check(model, IDS, *model.arguments(IDS))
+
+
+class Layer(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.one, self.two, self.eps = nn.Linear(16, 32), nn.Linear(32, 16), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(nn.functional.layer_norm(x, (16,), eps=self.eps)))).cumsum(1)
+
+
+class InPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.two(self.one(x).relu_())
+        return x
+
+
+class Half(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.two(torch.relu(self.one(x)))
+        return x + y.float().cumsum(1)
+
+
+class Doubled(Layer):
+    """Layers that differ in what type a number has: 2 and 2.0, which is another dtype for whole numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device) * (2 if self.eps > 1e-3 else 2.0)
+        return super().forward(x) + steps[:, None]
+
+
+class Named(Layer):
+    """Layers that read constants of their own."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps)
+        self.table = [eps, 2 * eps]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.tensor(self.table).sum()
+
+
+class Deep(nn.Module):
+    def __init__(self, kind: type[Layer], epsilons: list[float]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 16)
+        self.layers = nn.ModuleList(kind(eps) for eps in epsilons)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
+
+
+@pytest.mark.parametrize("kind", [Layer, InPlace, Half, Doubled, Named])
+@pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
+def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    tracing = Tracing(monkeypatch)
+    tracing.check(Deep(kind, epsilons), IDS)
+
+
+def test_how_much_is_traced_does_not_depend_on_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracing = Tracing(monkeypatch, export._WORTH)
+    for depth in (6, 12):
+        tracing.check(Deep(Layer, [1e-5] * depth), IDS)
+    assert tracing.traced[0] == tracing.traced[1] < 5
+
+
+def test_a_layer_that_differs_is_traced_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracing = Tracing(monkeypatch)
+    tracing.check(Deep(Layer, ALIKE), IDS)
+    tracing.check(Deep(Layer, OTHER), IDS)
+    assert tracing.traced[0] < tracing.traced[1] < 8
+
+
+def test_what_changes_the_state_of_tracing_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says where the effect of such a call ends."""
+
+    class Model(Deep):
+        def forward(self, ids: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = super().forward(ids)
+            return x.detach()
+
+    tracing = Tracing(monkeypatch)
+    tracing.check(Model(Layer, ALIKE), IDS)
+    assert tracing.traced == [1]
