@@ -40,13 +40,13 @@ class Tracing:
         self.traced: list[int] = []
         monkeypatch.setattr(capture, "exported", self.exported)
         monkeypatch.setattr(export, "_WORTH", worth)
-        one = export._traced
+        one = export.traced
 
         def counting(gm: fx.GraphModule, fakes: Any) -> fx.GraphModule:
             self.traced[-1] += 1
             return one(gm, fakes)
 
-        monkeypatch.setattr(export, "_traced", counting)
+        monkeypatch.setattr(export, "traced", counting)
         self.one = one
 
     def exported(self, gm: fx.GraphModule, fakes: Any) -> fx.GraphModule:

@@ -205,6 +205,8 @@ def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
     if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
         return None
     (symbol,) = guard.free_symbols
+    if not symbol.is_integer:  # a float of the model's
+        return None
     numbers = [n for n in range(2, 513) if holds(guard, symbol, n)]
     return (symbol, numbers[0]) if len(numbers) == 1 else None
 

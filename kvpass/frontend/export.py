@@ -41,10 +41,11 @@ def exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """
     pieces = _pieces(gm.graph)
     joined = _Joined(gm, fakes).of(pieces) if pieces else None
-    return joined if joined is not None else _traced(gm, fakes)
+    return joined if joined is not None else traced(gm, fakes)
 
 
-def _traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+def traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The same, all of it at once."""
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad():
@@ -222,7 +223,7 @@ class _Joined:
         )
         module = self.made.get(key)
         if module is None:
-            module = self.made[key] = _traced(_cut_out(self.gm, piece, given, read), values)
+            module = self.made[key] = traced(_cut_out(self.gm, piece, given, read), values)
             self._keep(module, len(self.made))
         inner = module.graph.find_nodes(op="placeholder")
         results = self.graph.graph_copy(module.graph, dict(zip(inner, map(self.nodes.__getitem__, given), strict=True)))
