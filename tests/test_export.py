@@ -24,7 +24,8 @@ def written(module: fx.GraphModule) -> list[Any]:
         place[node] = len(place)
         args = export._plain((node.args, node.kwargs), place.__getitem__) if node.op != "placeholder" else ()
         held = getattr(module, node.target) if node.op == "get_attr" else None
-        target = node.target if node.op == "call_function" else held.tolist() if isinstance(held, Tensor) else None
+        inside = held.tolist() if isinstance(held, Tensor) else held.code if isinstance(held, fx.GraphModule) else None
+        target = node.target if node.op == "call_function" else inside
         values = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else [node.meta.get("val")]
         types = [export._type(x)[:4] for x in values if x is not None]  # not whether a weight wants gradients
         out.append((node.op, target, args if node.op == "call_function" or node.op == "output" else (), types))
@@ -106,18 +107,44 @@ class Doubled(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.arange(x.shape[1], device=x.device) * (2 if self.eps > 1e-3 else 2.0)
-        return super().forward(x) + steps[:, None]
+        return x + self.two(torch.relu(self.one(x))) + steps[:, None]
 
 
-class Named(Layer):
-    """Layers that read constants of their own."""
+class Wider(Layer):
+    """Layers that differ in nothing but the sizes of their weights."""
 
     def __init__(self, eps: float) -> None:
         super().__init__(eps)
-        self.table = [eps, 2 * eps]
+        width = 48 if eps > 1e-3 else 32
+        self.one, self.two = nn.Linear(16, width), nn.Linear(width, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * torch.tensor(self.table).sum()
+        return x + self.two(torch.relu(self.one(x)))
+
+
+class Crossed(Wider):
+    """And in how their weights stand in memory: what becomes of a reshape depends on it."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(1e-5)
+        if eps > 1e-3:
+            self.one.weight = nn.Parameter(self.one.weight.detach().mT.contiguous().mT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.one.weight.reshape(-1).sum()
+
+
+class Choosing(Layer):
+    """Layers that hold functions of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * (3 if self.eps > 1e-3 else 5), (x,))
+
+
+class Split(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.one(x).chunk(2, -1)
+        return x + torch.relu(a) * b
 
 
 class Deep(nn.Module):
@@ -136,11 +163,21 @@ class Deep(nn.Module):
 ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("kind", [Layer, InPlace, Half, Doubled, Named])
+@pytest.mark.parametrize("kind", [Layer, InPlace, Half, Doubled, Wider, Crossed, Choosing, Split])
 @pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
 def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     tracing = Tracing(monkeypatch)
     tracing.check(Deep(kind, epsilons), IDS)
+
+
+@pytest.mark.parametrize("kind", [Half, Split])
+def test_wherever_it_is_cut(kind: type[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each op that is repeated, if only it may be cut there."""
+    tracing, model = Tracing(monkeypatch), Deep(kind, ALIKE)
+    for label in range(1, 12):
+        monkeypatch.setattr(export, "_chosen", lambda count, label=label: [label] if count[label] > 1 else [])
+        tracing.check(model, IDS)
+    assert 2 < max(tracing.traced) < 8
 
 
 def test_how_much_is_traced_does_not_depend_on_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 // Products of a few rows with matrices that stream through once: y = x W^T + b.
 //
 // Several matrices that multiply the same rows are one call, and one parallel region. Weights stand as [out, in] or, with
-// `crossed`, as [in, out]; either way each of their bytes is read once for all rows.
+// `crossed`, as [in, out]; either way each of their bytes is read once for all rows. Weights may be bytes: they become
+// floats on their way into the product.
 //: if general
 //
 // The file compiles as it stands. For one element type, facts take the place of the values before "//=".
@@ -9,7 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -23,12 +24,14 @@ struct float16 {
 };
 
 using Element = float;  //= element
+using Weight = float;   //= weight
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #else
 constexpr int W = 8;
 #endif
+constexpr int LINE = 64 / W;  // vectors of bytes in a line of the cache
 constexpr int AHEAD = 4096;  // bytes: a core that multiplies does not read ahead by itself
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -44,6 +47,7 @@ inline To bits(From from) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bfloat16 x) { return bits<float>(uint32_t(x.raw) << 16); }
 #if defined(__F16C__)
 inline float to_float(float16 x) { return _cvtsh_ss(x.raw); }
@@ -65,6 +69,17 @@ inline V load(const float* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+inline V load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  V v;
+  for (int k = 0; k < W; ++k) v[k] = p[k];
+  return v;
+#endif
 }
 inline V load(const bfloat16* p) {
   H h;
@@ -114,8 +129,9 @@ inline void ask(const T* p, int bytes) {
 
 // All fields are 8 bytes.
 struct Matrix {
-  const Element *weight, *bias;  // bias: [out], or null
-  Element* out;                  // row r at out + r * out_row
+  const Weight* weight;
+  const Element* bias;  // [out], or null
+  Element* out;         // row r at out + r * out_row
   int64_t features, out_row, row, crossed;
 };
 
@@ -123,7 +139,7 @@ struct Matrix {
 template <int R, int O>
 inline void dots(const float* x, int64_t width, const Matrix& m, int64_t o) {
   constexpr int N = R * O >= 8 ? 1 : R >= 4 ? 2 : 4;  // sums for each result, so that none waits for the last
-  const Element* w = m.weight + o * m.row;
+  const Weight* w = m.weight + o * m.row;
   V all[R][O][N] = {};
   int64_t k = 0;
   for (; k + N * W <= width; k += N * W) {
@@ -133,7 +149,7 @@ inline void dots(const float* x, int64_t width, const Matrix& m, int64_t o) {
       V part[O];
 #pragma GCC unroll 4
       for (int p = 0; p < O; ++p) {
-        ask(w + (O == 1 ? 0 : p + O) * m.row + at, O == 1 ? AHEAD : 0);
+        if (sizeof(Weight) > 1 || n % LINE == 0) ask(w + (O == 1 ? 0 : p + O) * m.row + at, O == 1 ? AHEAD : 0);
         part[p] = load(w + p * m.row + at);
       }
 #pragma GCC unroll 8
@@ -181,7 +197,7 @@ void columns(const float* x, int64_t width, const Matrix& m, int64_t from, int64
   for (; o + N * W <= to; o += N * W) {
     V all[R][N] = {};
     for (int64_t k = 0; k < width; ++k) {
-      const Element* w = m.weight + k * m.row + o;
+      const Weight* w = m.weight + k * m.row + o;
       V part[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
@@ -231,7 +247,7 @@ __attribute__((visibility("default"))) void kvpass_linear(
   int64_t all = 0;
   for (int64_t k = 0; k < count; ++k) all += matrices[k].features;
   // Below some 64 KiB of weights a second thread costs more than it gives.
-  const int64_t most = (all * width * int64_t(sizeof(Element))) >> 16;
+  const int64_t most = (all * width * int64_t(sizeof(Weight))) >> 16;
   const int shares = int(most < 1 ? 1 : most < threads ? most : threads);
 #pragma omp parallel for schedule(static, 1) num_threads(shares) if (shares > 1)
   for (int share = 0; share < shares; ++share) {

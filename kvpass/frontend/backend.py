@@ -25,6 +25,7 @@ from kvpass.cache import Cache
 from kvpass.frontend.capture import captures
 from kvpass.frontend.pipeline import incrementalise
 from kvpass.frontend.verify import PlainFailed, verify
+from kvpass.frontend.wrapped import unwrapped
 from kvpass.ir import Captured
 from kvpass.runtime import default_cache
 from kvpass.runtime.program import Program
@@ -116,21 +117,23 @@ def kvpass(
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
-            captured, incremental = _proven(gm, example_inputs, autotune=chosen.autotune)
+            plain, unwrap = unwrapped(gm, example_inputs)
+            inputs = unwrap(example_inputs)
+            captured, incremental = _proven(plain, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
-            unchecked = chosen.verify and not _checked(captured, incremental, gm, example_inputs)
+            unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
     cache = chosen.cache if chosen.cache is not None else default_cache()
     rebuild = partial(_rebuild, autotune=chosen.autotune)
-    program = Program(captured, incremental, gm.forward, cache, rebuild, chosen.tiers, chosen.verify)
+    program = Program(captured, incremental, plain.forward, cache, rebuild, chosen.tiers, chosen.verify)
     if unchecked:
-        program.check_first(lambda args: _checked(captured, incremental, gm, args))
+        program.check_first(lambda args: _checked(captured, incremental, plain, args))
     _record(Record(captured, program, None))
-    return program
+    return program if unwrap.idle else lambda *args: program(*unwrap(args))
 
 
 def _proven(

@@ -18,6 +18,7 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.export import exported
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
+from kvpass.frontend.wrapped import is_constant
 from kvpass.ir import Captured, Input, Role, holds
 from kvpass.transforms.behind import turned
 from kvpass.transforms.spell import JOINS, PADS
@@ -45,7 +46,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fakes = [n.meta.get("example_value", n.meta.get("val")) for n in places]
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
-    constant = [_is_constant(n, r) for n, r in zip(places, real, strict=True)]
+    constant = [is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
     growing = _sequence_symbols(fakes, constant, _answered(gm))
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
@@ -108,19 +109,6 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> None:
     kinds = sorted({t.device.type for t in tensors if t.dim() > 0} or {"cpu"})
     if len(kinds) > 1 or kinds[0] not in ("cpu", "cuda"):
         raise errors.UnsupportedDevice(detail=" and ".join(kinds))
-
-
-def _is_constant(node: fx.Node, real: Any) -> bool:
-    """Tensors that hang on a module are known by identity; what the caller passes is known by content."""
-    if isinstance(real, torch.nn.Parameter):
-        return True
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None or not isinstance(real, torch.Tensor):
-        return False
-    guard = source.guard_source
-    return bool(
-        guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__
-    )
 
 
 def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:

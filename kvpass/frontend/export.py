@@ -7,8 +7,9 @@ values that it reads. Where the cuts are is a matter of speed alone.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvpass import errors
 from kvpass.analysis.sweep import sym
@@ -46,10 +48,34 @@ def exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
 
 def traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The same, all of it at once."""
+    spelled: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+    while True:
+        module = _exported(gm, fakes, spelled)
+        others = {n.target for n in module.graph.nodes if _is_composite(n.target)} - set(spelled)
+        if not others:
+            return module
+        spelled |= {op: op.decompose for op in others}
+
+
+def _is_composite(op: Any) -> bool:
+    """An op of another library that is written in ops of PyTorch's; tracing leaves it whole."""
+    return (
+        isinstance(op, torch._ops.OpOverload)
+        and op.namespace not in ("aten", "prim", "prims")
+        and op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    )
+
+
+def _exported(
+    gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
+) -> fx.GraphModule:
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
-        with torch.no_grad():
-            module, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
+            module, signature = aot_export_module(
+                gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(spelled)
+            )
     except Exception as error:
         # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
@@ -101,7 +127,7 @@ def _cost(labels: Sequence[int], cuts: Sequence[int]) -> int:
 def _free(nodes: Sequence[fx.Node]) -> list[bool] | None:
     """Whether a graph may be cut before each op; None where an op does something beside what it returns.
 
-    Tuples stay with what takes them apart, and entering autocast with leaving it.
+    Tuples stay with what takes them apart, wrappers with what reads them, and entering autocast with leaving it.
     """
     place = {node: k for k, node in enumerate(nodes)}
     free = [True] * len(nodes)
@@ -109,7 +135,7 @@ def _free(nodes: Sequence[fx.Node]) -> list[bool] | None:
         if _known(node) or node.target in _IDLE:
             continue
         last = max((place[user] for user in node.users if user in place), default=k)
-        if node.target not in _AUTOCAST and not _several(node):
+        if node.target not in _AUTOCAST and not isinstance(_value(node), torch.Tensor) and not _several(node):
             return None
         if node.target is torch.amp.autocast_mode._enter_autocast and last == k:
             return None
@@ -122,8 +148,11 @@ def _value(node: fx.Node) -> Any:
 
 
 def _known(node: fx.Node) -> bool:
-    """A tensor or a symbolic number: what may go from one piece to another."""
-    return isinstance(_value(node), (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+    """A plain tensor or a symbolic number: what may go from one piece to another."""
+    value = _value(node)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or (
+        isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
+    )
 
 
 def _several(node: fx.Node) -> bool:

@@ -71,9 +71,10 @@ class Host:
 
 @dataclass
 class Product:
-    """Matrices that multiply the same rows."""
+    """Matrices of one type that multiply the same rows."""
 
     x: Value
+    kind: torch.dtype
     rows: sympy.Expr
     matrices: list[tuple[Value, Value | None, Value, bool]]
     scratch: int
@@ -92,6 +93,7 @@ class Planner:
         self.by_address: dict[int, int] = {}
         self.groups: dict[Any, Product] = {}
         self.copies: dict[Value, Value] = {}
+        self.widened: dict[int, tuple[Value, Value]] = {}  # by buffer: bytes, and the floats that nobody has read yet
         placeholders = iter(enumerate(operands))
         for node in module.graph.nodes:
             fake = traced.values.get(node)
@@ -104,6 +106,7 @@ class Planner:
                 self._call(node, fake)
             else:
                 self.outputs = fx.map_arg(node.args[0], self.values.__getitem__)
+                self._read(self.outputs)
         for leaf in pytree.tree_leaves(self.outputs, is_leaf=is_value):
             if isinstance(leaf, Value):
                 self.buffers[leaf.buffer].kept = True
@@ -144,6 +147,7 @@ class Planner:
         given: Any = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         args, kwargs = given
         if node.target is ops.append:
+            self._read(args)
             pool, rows, place, before = args
             self._append(pool, rows, place, before)
             self.values[node] = pool
@@ -151,11 +155,13 @@ class Planner:
             self.values[node] = pytree.tree_map(lambda x: self._value(x) if is_tensor(x) else self._number(x), fake)
         else:
             mark = len(self.steps), len(self.buffers), dict(self.by_memory)
+            widened = dict(self.widened)
             try:
                 self.values[node] = self._written(node.target, args, kwargs, fake)
             except NoWords:
                 del self.steps[mark[0] :], self.buffers[mark[1] :]
-                self.by_memory = mark[2]
+                self.by_memory, self.widened = mark[2], widened
+                self._read(given)
                 self.copies = {k: v for k, v in self.copies.items() if v.buffer < mark[1]}
                 self.values[node] = self._hosted(node.target, args, kwargs, fake)
 
@@ -193,10 +199,40 @@ class Planner:
             self._emit(RULES[aten.clone.default], {"self": x}, copy)
         return self.copies[x]
 
+    def _widens(self, target: Any, given: Mapping[str, Any], fake: Any) -> Value | None:
+        """A constant matrix of bytes as floats, which are made where something else than a product reads them."""
+        x = given.get("self")
+        if target is not aten._to_copy.default or not isinstance(x, Value) or x.dtype is not torch.int8:
+            return None
+        strides = tuple(map(expr_of, fake.stride()))
+        if fake.dtype not in _PRODUCT_TYPES or len(x.sizes) != 2 or x.strides != strides:
+            return None
+        if self.buffers[x.buffer].tensor is None:
+            return None
+        out = self._value(fake, self._add(Buffer()))
+        self.widened[out.buffer] = x, out
+        return out
+
+    def _read(self, what: Any) -> None:
+        """Make what these are views of."""
+        for leaf in pytree.tree_leaves(what, is_leaf=is_value):
+            if isinstance(leaf, Value) and leaf.buffer in self.widened:
+                x, out = self.widened.pop(leaf.buffer)
+                self.buffers[out.buffer].made = out
+                self._emit(RULES[aten._to_copy.default], {"self": x}, out)
+
+    def _stored(self, weight: Value) -> Value:
+        """A matrix as it stands in memory, with bytes where its floats are not needed."""
+        if weight.buffer not in self.widened:
+            return weight
+        x, _ = self.widened[weight.buffer]
+        return Value(x.buffer, x.dtype, weight.sizes, weight.strides, weight.offset + x.offset)
+
     # -- instructions --------------------------------------------------------------------------------------------
 
     def _written(self, target: Any, args: Any, kwargs: Any, fake: Any) -> Any:
         if hasattr(target, "lowering"):
+            self._read(args)
             query, keys, values, start, rows, reads = args
             return self._attention(target, query, keys, values, start, rows, reads, fake)
         if target is ops.linear:
@@ -204,9 +240,10 @@ class Planner:
         if not is_tensor(fake) or not hasattr(target, "_schema"):
             raise NoWords("several results")
         given = by_name(target, args, kwargs)
-        product = self._product(target, given, fake)
-        if product is not None:
-            return product
+        found = self._product(target, given, fake) or self._widens(target, given, fake)
+        if found is not None:
+            return found
+        self._read(given)
         made = RULES.get(target)
         if made is None:
             raise NoWords(f"{target}")
@@ -263,6 +300,8 @@ class Planner:
             return None
         if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
             return None
+        self._read((x, bias))
+        weight = self._stored(weight)
         width = x.sizes[-1]
         strides = weight.strides if turned else weight.strides[::-1]  # of outputs, of inputs
         if strides[1] == 1:
@@ -283,10 +322,10 @@ class Planner:
         if not out.dense:
             raise NoWords("a result with holes")
         rows = sympy.Mul(*x.sizes[:-1])
-        group = self.groups.get(x)
+        group = self.groups.get((x, weight.dtype))
         if group is None:
             scratch = self._scratch((rows * width,), torch.float32)
-            group = self.groups[x] = Product(x, rows, [], scratch.buffer)
+            group = self.groups[x, weight.dtype] = Product(x, weight.dtype, rows, [], scratch.buffer)
             self.steps.append(group)
         group.matrices.append((weight, bias, out, crossed))
         return out
@@ -295,7 +334,7 @@ class Planner:
         """The instruction of matrices that multiply the same rows."""
         w, places, matrices = self.words, _Places(self.words), []
         x, width = places.of(group.x), w.size(group.x.sizes[-1])
-        scratch, function = places.buffer(group.scratch), places.buffer(self._function(_products(group.x.dtype)))
+        scratch, function = places.buffer(group.scratch), places.buffer(self._function(_products(group.x.dtype, group.kind)))
         for weight, bias, out, crossed in group.matrices:
             features = w.size(out.sizes[-1])
             row = next((stride for stride in weight.strides if stride != 1), group.x.sizes[-1])
@@ -388,8 +427,8 @@ def is_value(x: Any) -> bool:
 
 
 @functools.cache
-def _products(dtype: torch.dtype) -> int:
+def _products(dtype: torch.dtype, weight: torch.dtype) -> int:
     """The address of the kernel of products; the library stays loaded."""
-    facts = {"general": False, "element": TYPES[dtype]}
+    facts = {"general": False, "element": TYPES[dtype], "weight": TYPES[weight]}
     library = build.load(specialise(PRODUCTS.read_text(), facts, "//"))
     return ctypes.cast(library.kvpass_linear, ctypes.c_void_p).value or 0

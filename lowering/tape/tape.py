@@ -29,24 +29,29 @@ class OutOfRange(IndexError):
     """An index that the model's own op would have refused."""
 
 
-_PYTHON: Mapping[str, Any] = {
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "PythonMod": operator.mod,
-    "Mod": operator.mod,
-    "Max": max,
-    "Min": min,
+_CALLS: Mapping[str, tuple[Any, tuple[type, ...]]] = {
+    "floor_div": (operator.floordiv, (sizes.FloorDiv, sizes.CleanDiv)),
+    "modulo": (operator.mod, (sizes.PythonMod, sizes.Mod, sympy.Mod)),
+    "larger": (max, (sizes.Max, sympy.Max)),
+    "smaller": (min, (sizes.Min, sympy.Min)),
 }
 
 
 def _numbers(symbols: Sequence[sympy.Symbol], wanted: Sequence[Any]) -> Callable[..., list[Any]]:
     """What these expressions are for the numbers of a call."""
-    plain = [
-        e.replace(sizes.FloorDiv, lambda a, b: sympy.Function("FloorDiv")(a, b)) if hasattr(e, "replace") else e
-        for e in wanted
-    ]
-    made: Callable[..., list[Any]] = sympy.lambdify(list(symbols), plain, modules=[dict(_PYTHON), "math"], cse=False)
+    made: Callable[..., list[Any]] = sympy.lambdify(
+        list(symbols), [_as_calls(e) if isinstance(e, sympy.Basic) else e for e in wanted],
+        modules=[{name: function for name, (function, _) in _CALLS.items()}, "math"], cse=False,
+    )  # fmt: skip
     return made
+
+
+def _as_calls(expr: sympy.Basic) -> sympy.Basic:
+    """The same, with calls for operators: sympy prints ``a % (b*c)`` without its brackets."""
+    for name, (_, kinds) in _CALLS.items():
+        for kind in kinds:
+            expr = expr.replace(kind, sympy.Function(name))
+    return expr
 
 
 class Unexpected(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions as torch_sizes
 
 from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
 from kvpass.lowering.tape import plan as planning
+from kvpass.lowering.tape import tape as tape_module
 from kvpass.lowering.tape.rules import RULES
 
 aten = torch.ops.aten
@@ -255,6 +258,53 @@ def test_an_index_out_of_range_is_refused() -> None:
     with pytest.raises(OutOfRange):
         tape([weight, ids], [])
     assert torch.equal(tape([weight, ids - 1], [])[0], weight[ids - 1])
+
+
+def test_sizes_are_computed_as_they_are_meant() -> None:
+    """Operators of which one stands in another."""
+    n, m = sympy.symbols("n m", integer=True, positive=True)
+    exprs = [
+        torch_sizes.Mod(7, 2 * n), torch_sizes.PythonMod(7 * m, n * m), sympy.Mod(7, 2 * n, evaluate=False),
+        2 * torch_sizes.FloorDiv(m + 5, 2 * n), torch_sizes.FloorDiv(7, torch_sizes.FloorDiv(m, n)),
+        sympy.Max(n, sympy.Min(m, 3) * 2), sympy.Ne(torch_sizes.Mod(2, 2 * n), 0), torch_sizes.Mod(m, n) * 3 % 5,
+    ]  # fmt: skip
+    compute = tape_module._numbers([n, m], exprs)
+    for a, b in itertools.product((1, 2, 3, 5), (5, 7, 9)):
+        expected = [e.subs({n: a, m: b}) for e in exprs]
+        assert compute(a, b) == [bool(e) if e.is_Boolean else int(e) for e in expected], (a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 13])
+@pytest.mark.parametrize("crossed", [False, True], ids=["out in", "in out"])
+def test_products_with_bytes(dtype: torch.dtype, rows: int, crossed: bool) -> None:
+    """Matrices of bytes are multiplied as they stand, beside one of floats; where another op reads one, it is made."""
+    x, scale = floats(rows, 77, dtype=dtype), floats(150, dtype=dtype)
+    stored = [whole(*((77, out) if crossed else (out, 77)), low=-128, high=128).to(torch.int8) for out in (150, 33)]
+    plain = floats(77, 21, dtype=dtype)
+
+    def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        x, one, two, three, by = nodes
+        turned = [w if crossed else graph.call_function(aten.t.default, (w,)) for w in (one, two)]
+        first, second = (graph.call_function(aten._to_copy.default, (w,), {"dtype": dtype}) for w in turned)
+        y = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.mm.default, (x, first)), by))
+        z = graph.call_function(aten.mm.default, (x, second))
+        rest = graph.call_function(aten.mm.default, (x, three))
+        shown = graph.call_function(aten.slice.Tensor, (graph.call_function(aten.neg.default, (second,)), 0, 0, rows))
+        return graph.call_function(aten.cat.default, ([y, z, rest, shown], 1))
+
+    inputs = [x, *stored, plain, scale]
+    tape = tape_of(graph_of(call, 5), inputs, fixed=(1, 2, 3, 4))
+    assert sum(b.made is not None and b.made.sizes[-1] == 150 for b in tape.buffers) == 2  # products, none a matrix
+    (found,) = tape(inputs, [])
+    one, two = (w if crossed else w.T for w in stored)
+
+    def parts(kind: torch.dtype) -> list[Tensor]:
+        return [x.to(kind) @ one.to(kind) * scale.to(kind), x.to(kind) @ two.to(kind), x.to(kind) @ plain.to(kind)]
+
+    expected = torch.cat([*parts(torch.float64), -two[:rows].double()], 1)
+    theirs = (torch.cat([*parts(dtype), -two[:rows].to(dtype)], 1).double() - expected).abs().max()
+    assert (found.double() - expected).abs().max() <= 2 * theirs + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
