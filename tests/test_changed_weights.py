@@ -1,5 +1,6 @@
 """A weight that changes is noticed, however it is written; nothing stale is answered."""
 
+import ctypes
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import kvpass
 from kvpass.analysis.identity import digest_of
+from kvpass.ir import address
 from kvpass.runtime import weights
 from kvpass.runtime.weights import Weights
 
@@ -304,3 +306,18 @@ def test_a_call_reads_weights_without_a_writable_pointer() -> None:
         for length in (5, 6, 9):
             fast(torch.arange(length).unsqueeze(0))
     assert all(torch._C._is_cow_tensor(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_write_that_torch_does_not_see_shows_in_the_sample(dtype: torch.dtype) -> None:
+    """By address: neither a version nor a mark moves. Tensors of one storage, of one entry, and transposed are looked at."""
+    flat = torch.zeros(4000, dtype=dtype)
+    tensors = {"one": flat[:1000], "two": flat[1000:].view(30, 100).t(), "three": torch.zeros(1, dtype=dtype)}
+    held = Weights(tensors)
+    assert held.same(tuple(tensors.values()))
+    for tensor in tensors.values():
+        where, size = address(tensor), tensor.numel() * tensor.element_size()
+        ctypes.memset(where, 1, size)
+        assert not held.same(tuple(tensors.values()))
+        ctypes.memset(where, 0, size)
+        assert held.same(tuple(tensors.values()))

@@ -194,6 +194,36 @@ def test_a_layer_that_differs_is_traced_for_itself(monkeypatch: pytest.MonkeyPat
     assert tracing.traced[0] < tracing.traced[1] < 8
 
 
+def test_a_value_that_is_read_later_in_one_layer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ops on the same types, of which other results go on."""
+
+    class Model(Deep):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            x = self.embed(ids)
+            for k, layer in enumerate(self.layers):
+                y = layer.two(hidden := torch.relu(layer.one(x)))
+                if k == 3:
+                    kept = hidden
+                x = x + y
+            return x, kept
+
+    Tracing(monkeypatch).check(Model(Layer, ALIKE), IDS)
+
+
+def test_sizes_that_the_data_tells_are_those_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(Deep):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = x + layer.two(torch.relu(layer.one(x))) * (x > layer.one.bias[0]).sum().item()
+            return x
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        tracing = Tracing(monkeypatch)
+        tracing.check(Model(Layer, ALIKE), IDS)
+    assert tracing.traced[0] > 1  # tried, and given up
+
+
 def test_what_changes_the_state_of_tracing_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing says where the effect of such a call ends."""
 

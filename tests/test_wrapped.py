@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchao.quantization as ao
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kvpass
 from kvpass.frontend.api import recording
 from tests.property.oracle import check_same
+
+sys.path.append(str(Path(sys.prefix) / "torchao"))  # `make test` puts it there
+try:
+    import torchao.quantization as ao
+finally:
+    sys.path.pop()
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.frontend.export import exported
+from kvpass.frontend.export import exported, value_of
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.frontend.wrapped import is_constant
@@ -44,7 +44,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
         Refusal: the graph has a fixed length, lives on several devices, writes into an input, or has no sequence axis.
     """
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    fakes = [n.meta.get("example_value", n.meta.get("val")) for n in places]
+    fakes = [value_of(n) for n in places]
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
@@ -81,7 +81,7 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
 def _answered(gm: fx.GraphModule) -> list[Any]:
     """The tensors that the graph returns, as Dynamo has them."""
     nodes = pytree.tree_leaves(gm.graph.output_node().args)
-    values = [n.meta.get("example_value", n.meta.get("val")) for n in nodes if isinstance(n, fx.Node)]
+    values = [value_of(n) for n in nodes if isinstance(n, fx.Node)]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

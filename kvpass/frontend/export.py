@@ -135,7 +135,7 @@ def _free(nodes: Sequence[fx.Node]) -> list[bool] | None:
         if _known(node) or node.target in _IDLE:
             continue
         last = max((place[user] for user in node.users if user in place), default=k)
-        if node.target not in _AUTOCAST and not isinstance(_value(node), torch.Tensor) and not _several(node):
+        if node.target not in _AUTOCAST and not isinstance(value_of(node), torch.Tensor) and not _several(node):
             return None
         if node.target is torch.amp.autocast_mode._enter_autocast and last == k:
             return None
@@ -143,20 +143,21 @@ def _free(nodes: Sequence[fx.Node]) -> list[bool] | None:
     return free
 
 
-def _value(node: fx.Node) -> Any:
+def value_of(node: fx.Node) -> Any:
+    """What tracing knows of a node, in a graph of Dynamo's or of ATen's."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _known(node: fx.Node) -> bool:
     """A plain tensor or a symbolic number: what may go from one piece to another."""
-    value = _value(node)
+    value = value_of(node)
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or (
         isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
     )
 
 
 def _several(node: fx.Node) -> bool:
-    value = _value(node)
+    value = value_of(node)
     kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
     return isinstance(value, (tuple, list)) and all(isinstance(x, kinds) for x in pytree.tree_leaves(value))
 
@@ -170,7 +171,7 @@ def _results(graph: fx.Graph) -> list[Any]:
 
 def _label(node: fx.Node) -> _Key:
     """What an op is, and the types of what it reads."""
-    return (*_call(node, lambda x: (x.op == "get_attr" and x.target, *_type(_value(x)))),)
+    return (*_call(node, lambda x: (x.op == "get_attr" and x.target, *_type(value_of(x)))),)
 
 
 def _call(node: fx.Node, named: Callable[[fx.Node], Any]) -> _Key:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvpass import errors
+from kvpass.frontend.export import value_of
 
 
 def unmapped(gm: fx.GraphModule) -> fx.GraphModule:
@@ -23,7 +24,7 @@ def unmapped(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         CaptureFailed: what stands between entering and leaving cannot be traced.
     """
-    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := _value(n), FakeTensor)), None)
+    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := value_of(n), FakeTensor)), None)
     if mode is None or not regions(gm.graph):
         return gm
     graph = fx.Graph()
@@ -47,16 +48,12 @@ def regions(graph: fx.Graph) -> list[list[fx.Node]]:
     return found
 
 
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: FakeTensorMode) -> None:
     """Put what a region computes in its place; nothing, where it holds functions or constants of its own."""
     inside = {node for node in region if node.op != "get_attr"}
     given = list(dict.fromkeys(x for node in region if node in inside for x in node.all_input_nodes if x not in inside))
     read = [node for node in region if node in inside and any(user not in inside for user in node.users)]
-    if not all(isinstance(_value(node), (Tensor, torch.SymInt, int, float)) for node in given):
+    if not all(isinstance(value_of(node), (Tensor, torch.SymInt, int, float)) for node in given):
         return
     piece = fx.Graph()
     copies = {node: piece.placeholder(node.name) for node in given}
@@ -68,7 +65,7 @@ def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: Fak
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with mode, torch.no_grad():
-            traced = make_fx(run)(*(_value(node) for node in given))
+            traced = make_fx(run)(*(value_of(node) for node in given))
     except Exception as error:
         # An error between entering and leaving leaves the `vmap` open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
@@ -82,7 +79,7 @@ def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: Fak
         copied[node].meta["stack_trace"] = region[0].meta.get("stack_trace")
     for old, new in zip(read, made, strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
-        new.meta["example_value"] = _value(old)
+        new.meta["example_value"] = value_of(old)
     for node in reversed(region):
         if node in inside:
             graph.erase_node(node)

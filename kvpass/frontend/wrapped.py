@@ -16,6 +16,8 @@ from torch import fx
 from torch._dynamo.source import AttrSource
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kvpass.frontend.export import value_of
+
 
 def is_constant(node: fx.Node, real: Any) -> bool:
     """Tensors that hang on a module are known by identity; what the caller passes is known by content."""
@@ -113,7 +115,7 @@ def unwrapped(gm: fx.GraphModule, real: Sequence[Any]) -> tuple[fx.GraphModule, 
     """
     places = gm.graph.find_nodes(op="placeholder")
     wrappers = [
-        _Wrapper.of(value) if is_constant(place, given) and isinstance(value := _value(place), torch.Tensor) else None
+        _Wrapper.of(value) if is_constant(place, given) and isinstance(value := value_of(place), torch.Tensor) else None
         for place, given in zip(places, real, strict=True)
     ]
     unwrapping = Unwrapping([[] if wrapper is None else wrapper.paths() for wrapper in wrappers])
@@ -134,20 +136,16 @@ def unwrapped(gm: fx.GraphModule, real: Sequence[Any]) -> tuple[fx.GraphModule, 
         for read in node.all_input_nodes:
             if read in parts:
                 made[read] = graph.call_function(of[read], tuple(parts[read]))  # type: ignore[arg-type]
-                made[read].meta["example_value"] = _value(read)
+                made[read].meta["example_value"] = value_of(read)
         made[node] = graph.node_copy(node, made.__getitem__)
     return fx.GraphModule(gm, graph), unwrapping
-
-
-def _value(place: fx.Node) -> Any:
-    return place.meta.get("example_value", place.meta.get("val"))
 
 
 def _part(graph: fx.Graph, place: fx.Node, path: str) -> fx.Node:
     """A placeholder for a plain tensor inside of another one's."""
     node = graph.placeholder(f"{place.name}_{path.replace('.', '_')}")
     node.meta = dict(place.meta)
-    node.meta["example_value"] = attrgetter(path)(_value(place))
+    node.meta["example_value"] = attrgetter(path)(value_of(place))
     given = place.meta.get("grapharg")
     if given is not None:
         source = given.source
