@@ -3,8 +3,8 @@
     python examples/bench_pass.py --model llama --layers 1 6 30 60 120 --json out/pass.json
 
 Timed are Dynamo's capture, tracing to ATen, and the passes of `kvpass.frontend.pipeline`; not the compilation of
-kernels. Every run of the passes has a fresh copy of the captured graph, and the figures are medians; capture and tracing
-are timed once. Afterwards come the checks that the project holds itself to; the exit code is 1 if one fails.
+kernels. Every run of the passes has a fresh copy of the captured graph, and the figures are medians; capture and
+tracing are timed once. Afterwards come the checks that the project holds itself to; the exit code is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Point:
         dynamo, tracing: CPU seconds of Dynamo until it has a graph, and of that graph to ATen.
         seconds: of each pass, in CPU time.
         graph, peak: bytes that the graph holds which PyTorch traces, and that the passes need at most. (Not counted are
-            tracers and graphs of Dynamo's that it still refers to, six times as much. Where layers are traced once, their
-            values are one object: the graph that the passes get holds a quarter.)
+            tracers and graphs of Dynamo's that it still refers to, six times as much. Where layers are traced once,
+            their values are one object: the graph that the passes get holds a quarter.)
     """
 
     layers: int

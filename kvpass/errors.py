@@ -123,6 +123,12 @@ class Defect(Refusal):
     hint = "this is a defect of kvpass; please report it with the model"
 
 
+class Autocast(Refusal):
+    code = "KV111"
+    template = "{detail}: the graph does not say in which precision its ops run"
+    hint = "call model.to(dtype) instead; autocast(enabled=False) inside of the model is no hindrance"
+
+
 class UnknownOp(Refusal):
     code = "KV201"
     template = "no transfer rule for {detail}, so nothing is known of which rows its result depends on"
@@ -218,6 +224,7 @@ REFUSALS: tuple[type[Refusal], ...] = (
     AmbiguousAxes,
     CaptureFailed,
     Defect,
+    Autocast,
     UnknownOp,
     DependsOnFuture,
     DependsOnLength,

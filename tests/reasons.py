@@ -56,6 +56,12 @@ def graph_break(x: Tensor) -> Tensor:
     return x
 
 
+def half_precision(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = x @ x.mT.tril() @ x
+    return y.float()
+
+
 def two_sequences(x: Tensor, cube: Tensor) -> Tensor:
     return x + cube[0, 0, 0]  # [S, S, S]
 
@@ -197,6 +203,14 @@ REASONS = (
         "Report it with the model: this is a defect.",
         same,
         fault="incrementalise",
+    ),
+    Reason(
+        "KV111",
+        "Autocast is on, inside of the model or around it: the graph holds the ops as they are written, and not in "
+        "which precision each of them runs.",
+        "Use `model.to(torch.bfloat16)`. `autocast(enabled=False)` inside of the model, as rotary embeddings have it, "
+        "is no hindrance.",
+        half_precision,
     ),
     Reason(
         "KV201",

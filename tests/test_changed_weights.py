@@ -310,7 +310,7 @@ def test_a_call_reads_weights_without_a_writable_pointer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_write_that_torch_does_not_see_shows_in_the_sample(dtype: torch.dtype) -> None:
-    """By address: neither a version nor a mark moves. Tensors of one storage, of one entry, and transposed are looked at."""
+    """By address: neither a version nor a mark moves. Tensors may be of one storage, of one entry, and transposed."""
     flat = torch.zeros(4000, dtype=dtype)
     tensors = {"one": flat[:1000], "two": flat[1000:].view(30, 100).t(), "three": torch.zeros(1, dtype=dtype)}
     held = Weights(tensors)

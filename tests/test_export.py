@@ -95,9 +95,11 @@ class InPlace(Layer):
         return x
 
 
-class Half(Layer):
+class Exact(Layer):
+    """Autocast is entered, and off: leaving it names the entering, which must not stand in another piece."""
+
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
             y = self.two(torch.relu(self.one(x)))
         return x + y.float().cumsum(1)
 
@@ -163,21 +165,21 @@ class Deep(nn.Module):
 ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("kind", [Layer, InPlace, Half, Doubled, Wider, Crossed, Choosing, Split])
+@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split])
 @pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
 def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     tracing = Tracing(monkeypatch)
     tracing.check(Deep(kind, epsilons), IDS)
 
 
-@pytest.mark.parametrize("kind", [Half, Split])
+@pytest.mark.parametrize("kind", [Exact, Split])
 def test_wherever_it_is_cut(kind: type[Layer], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before each op that is repeated, if only it may be cut there."""
-    tracing, model = Tracing(monkeypatch), Deep(kind, ALIKE)
+    tracing, model = Tracing(monkeypatch), Deep(kind, OTHER)
     for label in range(1, 12):
         monkeypatch.setattr(export, "_chosen", lambda count, label=label: [label] if count[label] > 1 else [])
         tracing.check(model, IDS)
-    assert 2 < max(tracing.traced) < 8
+    assert 2 < max(tracing.traced) < 9
 
 
 def test_how_much_is_traced_does_not_depend_on_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch._dynamo import convert_frame, eval_frame
 
 from kvpass import errors
 from kvpass.analysis.facts import Kind
-from kvpass.analysis.sweep import Analyzed
+from kvpass.analysis.sweep import Analyzed, source_of
 from kvpass.cache import Cache
 from kvpass.frontend.capture import captures
 from kvpass.frontend.pipeline import incrementalise
@@ -229,3 +229,14 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         raise errors.GraphBreak(detail="Dynamo runs the model in Python and compiles parts of it", source=place)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         raise errors.NeedsGradients()
+    _refuse_autocast(gm, {x.device.type for x in inputs if isinstance(x, torch.Tensor)} & {"cpu", "cuda"})
+
+
+def _refuse_autocast(gm: fx.GraphModule, devices: set[str]) -> None:
+    """What autocast does is done below the ops of the graph: rows would be kept under the name of another precision."""
+    if any(map(torch.is_autocast_enabled, devices)):
+        raise errors.Autocast(detail="the model is called under autocast")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
+        device, dtype, enabled, *_ = node.args
+        if enabled and device in devices:
+            raise errors.Autocast(detail=f"the model enters autocast to {dtype}", source=source_of(node))

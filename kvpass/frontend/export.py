@@ -1,8 +1,8 @@
 """From Dynamo's graph to functional ATen ops, each run of ops that occurs again traced once.
 
-Tracing is what a first call waits for, and a deep model is one layer many times over. The graph is cut into pieces, and
-what tracing makes of a piece is kept under all that it can depend on: its ops, their arguments, and what is known of the
-values that it reads. Where the cuts are is a matter of speed alone.
+Tracing is what a first call waits for, and a deep model is one layer many times over. The graph is cut into pieces,
+and what tracing makes of a piece is kept under all that it can depend on: its ops, their arguments, and what is known
+of the values that it reads. Where the cuts are is a matter of speed alone.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def _symbols(node: fx.Node) -> set[sympy.Basic]:
     found: set[sympy.Basic] = set()
     for value in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(value, torch.Tensor):
-            found |= {s for size in value.shape if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+            found |= {s for size in value.shape for s in sym(size).free_symbols}
         elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             found |= value.node.expr.free_symbols
     return found

@@ -1,7 +1,7 @@
 """Weights that wrap plain tensors, as quantised ones do: the graph takes what they wrap, and says how they use it.
 
-Analysis, cache and kernels know plain tensors. A wrapper's own words for its parts (`__tensor_flatten__`) are all that is
-asked of it; what its ops do with them is traced like everything else.
+Analysis, cache and kernels know plain tensors. A wrapper's own words for its parts (`__tensor_flatten__`) are all that
+is asked of it; what its ops do with them is traced like everything else.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Wrapper:
     stride: tuple[int, ...]
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> _Wrapper | None:
+    def of(tensor: Any) -> _Wrapper | None:
         if not is_traceable_wrapper_subclass(tensor):
             return None
         names, context = tensor.__tensor_flatten__()
@@ -135,7 +135,7 @@ def unwrapped(gm: fx.GraphModule, real: Sequence[Any]) -> tuple[fx.GraphModule, 
             continue
         for read in node.all_input_nodes:
             if read in parts:
-                made[read] = graph.call_function(of[read], tuple(parts[read]))  # type: ignore[arg-type]
+                made[read] = graph.call_function(of[read], tuple(parts[read]))
                 made[read].meta["example_value"] = value_of(read)
         made[node] = graph.node_copy(node, made.__getitem__)
     return fx.GraphModule(gm, graph), unwrapping

@@ -334,7 +334,8 @@ class Planner:
         """The instruction of matrices that multiply the same rows."""
         w, places, matrices = self.words, _Places(self.words), []
         x, width = places.of(group.x), w.size(group.x.sizes[-1])
-        scratch, function = places.buffer(group.scratch), places.buffer(self._function(_products(group.x.dtype, group.kind)))
+        kernel = self._function(_products(group.x.dtype, group.kind))
+        scratch, function = places.buffer(group.scratch), places.buffer(kernel)
         for weight, bias, out, crossed in group.matrices:
             features = w.size(out.sizes[-1])
             row = next((stride for stride in weight.strides if stride != 1), group.x.sizes[-1])
