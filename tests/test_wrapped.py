@@ -27,25 +27,25 @@ VOCAB, SIZE = 29, 64
 
 
 class Bytes(Tensor):
-    """A matrix as whole numbers and a factor for each output."""
+    """A matrix as whole numbers, a factor for each output, and a number that is no tensor."""
 
-    def __new__(cls, data: Tensor, scale: Tensor) -> Bytes:
+    def __new__(cls, data: Tensor, scale: Tensor, factor: float) -> Bytes:
         made = Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype, device=data.device)  # type: ignore
-        made.data_, made.scale_ = data, scale
+        made.data_, made.scale_, made.factor = data, scale, factor
         return made  # type: ignore[no-any-return]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["data_", "scale_"], None
+        return ["data_", "scale_"], {"factor": self.factor}
 
     @classmethod
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Bytes:
-        return cls(parts["data_"], parts["scale_"])
+        return cls(parts["data_"], parts["scale_"], **context)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
             x, weight, *bias = args
-            y = x @ weight.data_.t().to(x.dtype) * weight.scale_
+            y = x @ weight.data_.t().to(x.dtype) * weight.scale_ * weight.factor
             return y if not bias or bias[0] is None else y + bias[0]
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
@@ -53,21 +53,17 @@ class Bytes(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is aten.detach.default:
-            return cls(args[0].data_, args[0].scale_)
+            return cls(args[0].data_, args[0].scale_, args[0].factor)
         raise NotImplementedError(f"{function}")
 
     @staticmethod
-    def of(weight: Tensor) -> Bytes:
+    def of(weight: Tensor, factor: float = 1) -> Bytes:
         scale = weight.detach().abs().amax(1) / 127
-        return Bytes((weight.detach() / scale[:, None]).round().to(torch.int8), scale)
+        return Bytes((weight.detach() / scale[:, None]).round().to(torch.int8), scale / factor, factor)
 
 
 class Holding(Bytes):
     """One wrapper in another."""
-
-    @classmethod
-    def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Bytes:
-        return cls(parts["data_"], parts["scale_"])
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,9 +73,9 @@ class Holding(Bytes):
         return super().__torch_function__(function, types, args, kwargs)
 
     @staticmethod
-    def of(weight: Tensor) -> Bytes:
-        inner = Bytes.of(weight)
-        return Holding(inner, inner.scale_)
+    def of(weight: Tensor, factor: float = 1) -> Bytes:
+        inner = Bytes.of(weight, factor)
+        return Holding(inner, inner.scale_, factor)
 
 
 class Decoder(nn.Module):
@@ -100,9 +96,9 @@ class Decoder(nn.Module):
 
 
 def wrap(model: nn.Module, kind: type[Bytes]) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(kind.of(module.weight), requires_grad=False)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for k, layer in enumerate(layers):
+        layer.weight = nn.Parameter(kind.of(layer.weight, 2.0**k), requires_grad=False)
 
 
 WAYS: dict[str, Any] = {
