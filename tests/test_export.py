@@ -58,9 +58,10 @@ class Tracing:
 
     def check(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         torch._dynamo.reset()
+        before = len(self.whole)
         with torch.no_grad():
             kvpass.compile(model)(*args, **kwargs)
-        assert self.joined
+        assert before < len(self.whole) == len(self.joined) == len(self.traced)
         for joined, whole in zip(self.joined, self.whole, strict=True):
             assert written(joined) == written(whole)
 
