@@ -168,6 +168,18 @@ def test_a_change_of_a_part_is_noticed(part: str) -> None:
 
 
 @torch.no_grad()
+def test_a_change_of_what_is_no_tensor_is_noticed() -> None:
+    torch._dynamo.reset()
+    model = wrapped("own")
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled")
+    for factor in (None, 5.0, 3.0, 5.0):
+        if factor is not None:
+            model.qkv[1].weight.factor = factor
+        for length in (9, 10, 11):
+            check_same(fast, model, [IDS[:, :length]])
+
+
+@torch.no_grad()
 def test_an_argument_that_is_a_wrapper_is_not_taken_apart() -> None:
     """It is no weight: what it is must be known by its contents, of which its class alone knows how."""
     torch._dynamo.reset()
