@@ -1,6 +1,6 @@
 """What is put together of pieces is what tracing all of it at once gives, node by node."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -69,13 +69,18 @@ class Tracing:
 IDS = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", MODULES)
+def some(all_of_them: Iterable[Any], each: int) -> list[Any]:
+    """One of so many; the others are in the soak."""
+    return [x if k % each == 0 else pytest.param(x, marks=pytest.mark.soak) for k, x in enumerate(all_of_them)]
+
+
+@pytest.mark.parametrize("name", some(MODULES, 4))
 def test_a_module_of_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = MODULES[name]
     Tracing(monkeypatch).check(spec.build(), IDS, *([torch.randn(2, 5, SIZE)] if spec.memory else []))
 
 
-@pytest.mark.parametrize("kind", MODELS[::4], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", some(MODELS, 12), ids=lambda kind: kind.__name__)
 def test_a_covered_model_of_pieces(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(kind)
     Tracing(monkeypatch).check(model, IDS, *model.arguments(IDS))

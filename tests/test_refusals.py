@@ -13,7 +13,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 import kvpass
 from kvpass import errors
-from kvpass.frontend import backend, capture
+from kvpass.frontend import backend, export
 from kvpass.ir import holds
 from kvpass.kernels import ops
 from tests.test_adversarial import CASES
@@ -209,7 +209,7 @@ def test_gradients() -> None:
 
 def test_failures_in_capture_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "aot_export_module", broken)
+        patch.setattr(export, "aot_export_module", broken)
         assert code_of(Model(same), ids()) == "KV109"
     torch._dynamo.reset()
     monkeypatch.setattr(backend, "incrementalise", broken)
