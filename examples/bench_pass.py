@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from kvpass.analysis.sweep import Analyzed, analyze
 from kvpass.demo import progress, waiting
-from kvpass.frontend.capture import capture
-from kvpass.frontend.export import traced
+from kvpass.frontend.capture import capture, copied
+from kvpass.frontend.export import traced, value_of
 from kvpass.huggingface import import_transformers
 from kvpass.ir import Captured
 from kvpass.lowering import ops
@@ -154,10 +154,10 @@ def traced_of(model: Callable[[Tensor], Tensor]) -> Traced:
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         dynamo = time.process_time() - begun
-        whole = traced(gm, [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")])
-        before = time.process_time()
         captured = capture(gm, inputs)
-        found.append(Traced(captured, dynamo, time.process_time() - before, held(fresh(whole))))
+        tracing = time.process_time() - begun - dynamo
+        whole = traced(gm, [value_of(n) for n in gm.graph.find_nodes(op="placeholder")])
+        found.append(Traced(captured, dynamo, tracing, held(copied(whole))))
         return gm.forward
 
     ids = torch.randint(0, 64, (3, 11))
@@ -173,13 +173,6 @@ def traced_of(model: Callable[[Tensor], Tensor]) -> Traced:
 
 
 # -- what they cost -------------------------------------------------------------------------------------------------
-
-
-def fresh(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph once more: the first pass changes it in place."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
 
 
 def passes(captured: Captured) -> tuple[dict[str, float], Analyzed]:
@@ -230,7 +223,7 @@ def peak_of(captured: Captured) -> int:
 
 def measure(model: Callable[[Tensor], Tensor], layers: int, repeats: int) -> Point:
     found = traced_of(model)
-    captured = lambda: replace(found.captured, module=fresh(found.captured.module))  # noqa: E731
+    captured = lambda: replace(found.captured, module=copied(found.captured.module))  # noqa: E731
     runs = []
     for _ in range(repeats):
         copy = captured()

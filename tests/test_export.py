@@ -22,13 +22,13 @@ def written(module: fx.GraphModule) -> list[Any]:
     out = []
     for node in module.graph.nodes:
         place[node] = len(place)
-        args = export._plain((node.args, node.kwargs), place.__getitem__) if node.op != "placeholder" else ()
         held = getattr(module, node.target) if node.op == "get_attr" else None
         inside = held.tolist() if isinstance(held, Tensor) else held.code if isinstance(held, fx.GraphModule) else None
-        target = node.target if node.op == "call_function" else inside
+        op = node.op == "call_function" or node.op == "output"
+        told = export.call(node, place.__getitem__) if op else (node.op, inside)
         values = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else [node.meta.get("val")]
-        types = [export._type(x)[:4] for x in values if x is not None]  # not whether a weight wants gradients
-        out.append((node.op, target, args if node.op == "call_function" or node.op == "output" else (), types))
+        types = [export.type_of(x)[:4] for x in values if x is not None]  # not whether a weight wants gradients
+        out.append((told, types))
     return out
 
 

@@ -70,6 +70,10 @@ def comparable(value: Any) -> Hashable:
     """
     if isinstance(value, (list, tuple)):
         return type(value), *map(comparable, value)
+    if isinstance(value, dict):
+        return dict, *map(comparable, value.items())
+    if isinstance(value, slice):
+        return slice, *map(comparable, (value.start, value.stop, value.step))
     if isinstance(value, (float, complex)):
         return type(value), repr(value)
     return (type(value), value) if isinstance(value, _PLAIN) else (type(value), id(value))

@@ -18,7 +18,6 @@ from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.export import exported, value_of
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
-from kvpass.frontend.wrapped import is_constant
 from kvpass.ir import Captured, Input, Role, holds
 from kvpass.transforms.behind import turned
 from kvpass.transforms.spell import JOINS, PADS
@@ -58,20 +57,20 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
             refused.append(fixed[seq][1])
             continue
         try:
-            described = _described(_copied(module), places, fakes, real, constant, seq)
+            described = _described(copied(module), places, fakes, real, constant, seq)
         except errors.Refusal as refusal:
             refused.append(refusal)
             continue
         first, *others = _leads(described.module, seq)
         yield replace(described, scalars=scalars, lead=first)
         for lead in others:
-            described = _described(_copied(module), places, fakes, real, constant, seq)
+            described = _described(copied(module), places, fakes, real, constant, seq)
             yield replace(described, scalars=scalars, lead=lead)
     if len(refused) == len(growing):
         raise refused[0]
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
+def copied(module: fx.GraphModule) -> fx.GraphModule:
     """The same graph, to be rewritten in place."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -109,6 +108,19 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> None:
     kinds = sorted({t.device.type for t in tensors if t.dim() > 0} or {"cpu"})
     if len(kinds) > 1 or kinds[0] not in ("cpu", "cuda"):
         raise errors.UnsupportedDevice(detail=" and ".join(kinds))
+
+
+def is_constant(node: fx.Node, real: Any) -> bool:
+    """Tensors that hang on a module are known by identity; what the caller passes is known by content."""
+    if isinstance(real, torch.nn.Parameter):
+        return True
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or not isinstance(real, torch.Tensor):
+        return False
+    guard = source.guard_source
+    return bool(
+        guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__
+    )
 
 
 def _tie_lengths(fakes: Sequence[Any], constant: Sequence[bool]) -> None:

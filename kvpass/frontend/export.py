@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import sympy
@@ -21,13 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvpass import errors
+from kvpass.analysis.repeats import comparable
 from kvpass.analysis.sweep import sym
 
 _TRIED = 24  # ops before which a graph may be cut: the cheapest one is taken
 _WORTH = 0.7  # of the ops of a graph, still to be traced
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 _IDLE = {torch._C._log_api_usage_once}  # return nothing, and change nothing that tracing sees
-_Key = tuple[Any, ...]
 
 
 def exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
@@ -50,7 +51,7 @@ def traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The same, all of it at once."""
     spelled: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
     while True:
-        module = _exported(gm, fakes, spelled)
+        module = _to_aten(gm, fakes, spelled)
         others = {n.target for n in module.graph.nodes if _is_composite(n.target)} - set(spelled)
         if not others:
             return module
@@ -66,7 +67,7 @@ def _is_composite(op: Any) -> bool:
     )
 
 
-def _exported(
+def _to_aten(
     gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
 ) -> fx.GraphModule:
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
@@ -97,7 +98,7 @@ def _pieces(graph: fx.Graph) -> list[list[fx.Node]]:
     results = [n for n in _results(graph) if isinstance(n, fx.Node)]
     if free is None or any(n.op == "get_attr" or not _known(n) for n in results):
         return []
-    numbers: dict[_Key, int] = {}
+    numbers: dict[Hashable, int] = {}
     labels = [numbers.setdefault(_label(n), len(numbers)) for n in nodes]
     count = Counter(labels)
     found = min(
@@ -169,33 +170,17 @@ def _results(graph: fx.Graph) -> list[Any]:
 # -- what tracing can depend on -------------------------------------------------------------------------------------
 
 
-def _label(node: fx.Node) -> _Key:
+def _label(node: fx.Node) -> Hashable:
     """What an op is, and the types of what it reads."""
-    return (*_call(node, lambda x: (x.op == "get_attr" and x.target, *_type(value_of(x)))),)
+    return call(node, lambda x: (x.op == "get_attr" and x.target, type_of(value_of(x))))
 
 
-def _call(node: fx.Node, named: Callable[[fx.Node], Any]) -> _Key:
-    return node.op, node.target, _plain(node.args, named), _plain(node.kwargs, named)
+def call(node: fx.Node, named: Callable[[fx.Node], Any]) -> Hashable:
+    """What an op is told, its operands by the names that they are given."""
+    return comparable((node.op, node.target, fx.map_arg((node.args, node.kwargs), named)))
 
 
-def _plain(value: Any, named: Callable[[fx.Node], Any]) -> Any:
-    """An argument as something that is equal where, and only where, it says the same."""
-    if isinstance(value, fx.Node):
-        return fx.Node, named(value)
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(_plain(x, named) for x in value)
-    if isinstance(value, dict):
-        return dict, tuple((k, _plain(x, named)) for k, x in value.items())
-    if isinstance(value, slice):
-        return slice, tuple(_plain(x, named) for x in (value.start, value.stop, value.step))
-    if isinstance(value, (int, float, complex, str, type(None))):
-        return type(value), repr(value)  # -0.0 and NaN, too
-    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-        return type(value), value
-    return type(value), id(value)
-
-
-def _type(value: Any) -> _Key:
+def type_of(value: Any) -> tuple[Any, ...]:
     """What tracing sees of a value."""
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         sizes = tuple(map(sym, (*value.shape, *value.stride(), value.storage_offset())))
@@ -216,7 +201,7 @@ class _Joined:
     fakes: Sequence[Any]
     graph: fx.Graph = field(default_factory=fx.Graph)
     held: dict[str, Any] = field(default_factory=dict)  # constants of the pieces
-    made: dict[_Key, fx.GraphModule] = field(default_factory=dict)
+    made: dict[Hashable, fx.GraphModule] = field(default_factory=dict)
     nodes: dict[fx.Node, Any] = field(default_factory=dict)  # of Dynamo's, what they are in the new graph
 
     def of(self, pieces: Sequence[Sequence[fx.Node]]) -> fx.GraphModule | None:
@@ -247,13 +232,13 @@ class _Joined:
         place = {node: k for k, node in enumerate([*given, *piece])}
         named = lambda x: place.get(x, (x.target, id(getattr(self.gm, str(x.target), None))))  # noqa: E731
         key = (
-            tuple(map(_type, values)),
-            tuple(_call(node, named) for node in piece),
+            tuple(map(type_of, values)),
+            tuple(call(node, named) for node in piece),
             tuple(place[node] for node in read),
         )
         module = self.made.get(key)
         if module is None:
-            module = self.made[key] = traced(_cut_out(self.gm, piece, given, read), values)
+            module = self.made[key] = traced(cut_out(self.gm, piece, given, read), values)
             self._keep(module, len(self.made))
         inner = module.graph.find_nodes(op="placeholder")
         results = self.graph.graph_copy(module.graph, dict(zip(inner, map(self.nodes.__getitem__, given), strict=True)))
@@ -263,25 +248,19 @@ class _Joined:
         """The constants of a piece, under names of their own."""
         for node in module.graph.find_nodes(op="get_attr"):
             name = f"piece{number}_{str(node.target).replace('.', '_')}"
-            self.held[name] = _attribute(module, str(node.target))
+            self.held[name] = attrgetter(str(node.target))(module)
             node.target = name
 
 
-def _attribute(module: fx.GraphModule, name: str) -> Any:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _cut_out(
+def cut_out(
     gm: fx.GraphModule, piece: Sequence[fx.Node], given: Sequence[fx.Node], read: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """The ops of a piece as a graph of their own."""
+    """Some ops of a graph as one of their own: from what they are given to what is read of them."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in given}
     for held in dict.fromkeys(x for node in piece for x in node.all_input_nodes if x.op == "get_attr"):
-        copies[held] = graph.node_copy(held)
+        if held not in copies:
+            copies[held] = graph.node_copy(held)
     for node in piece:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in read))

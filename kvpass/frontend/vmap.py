@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvpass import errors
-from kvpass.frontend.export import value_of
+from kvpass.frontend.export import cut_out, value_of
 
 
 def unmapped(gm: fx.GraphModule) -> fx.GraphModule:
@@ -55,13 +55,7 @@ def _trace(gm: fx.GraphModule, graph: fx.Graph, region: list[fx.Node], mode: Fak
     read = [node for node in region if node in inside and any(user not in inside for user in node.users)]
     if not all(isinstance(value_of(node), (Tensor, torch.SymInt, int, float)) for node in given):
         return
-    piece = fx.Graph()
-    copies = {node: piece.placeholder(node.name) for node in given}
-    for node in region:
-        if node in inside:
-            copies[node] = piece.node_copy(node, copies.__getitem__)
-    piece.output(tuple(copies[node] for node in read))
-    run = fx.Interpreter(fx.GraphModule(gm, piece)).run
+    run = fx.Interpreter(cut_out(gm, [node for node in region if node in inside], given, read)).run
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with mode, torch.no_grad():

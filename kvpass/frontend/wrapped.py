@@ -16,20 +16,8 @@ from torch import fx
 from torch._dynamo.source import AttrSource
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kvpass.frontend.capture import is_constant
 from kvpass.frontend.export import value_of
-
-
-def is_constant(node: fx.Node, real: Any) -> bool:
-    """Tensors that hang on a module are known by identity; what the caller passes is known by content."""
-    if isinstance(real, torch.nn.Parameter):
-        return True
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None or not isinstance(real, torch.Tensor):
-        return False
-    guard = source.guard_source
-    return bool(
-        guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module() or "Param" in type(source).__name__
-    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,7 @@ class _Wrapper:
     def __name__(self) -> str:
         return f"as_{self.kind.__name__}"
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # a context need not have one; of equal wrappers a graph holds one
 
 
 class Unwrapping:
@@ -88,19 +76,10 @@ class Unwrapping:
 
     def __init__(self, paths: Sequence[Sequence[str]]) -> None:
         self.idle = not any(paths)
-        self._take = [attrgetter(*held) if held else None for held in paths]
-        self._single = [len(held) == 1 for held in paths]
+        self._take = [(k, attrgetter(path) if path else None) for k, held in enumerate(paths) for path in held or [""]]
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
-        if self.idle:
-            return args
-        out: list[Any] = []
-        for arg, take, single in zip(args, self._take, self._single, strict=True):
-            if take is None or single:
-                out.append(arg if take is None else take(arg))
-            else:
-                out += take(arg)
-        return out
+        return args if self.idle else [args[k] if take is None else take(args[k]) for k, take in self._take]
 
 
 def unwrapped(gm: fx.GraphModule, real: Sequence[Any]) -> tuple[fx.GraphModule, Unwrapping]:
@@ -130,8 +109,9 @@ def unwrapped(gm: fx.GraphModule, real: Sequence[Any]) -> tuple[fx.GraphModule, 
         wrapper = of.get(node)
         if wrapper is not None:
             parts[node] = [_part(graph, node, path) for path in wrapper.paths()]
-            of[node] = next((w for w in known if w == wrapper), wrapper)
-            known.append(wrapper)
+            if wrapper not in known:
+                known.append(wrapper)
+            of[node] = known[known.index(wrapper)]
             continue
         for read in node.all_input_nodes:
             if read in parts:

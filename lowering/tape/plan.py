@@ -154,13 +154,12 @@ class Planner:
         elif all(memory(leaf) in self.by_memory for leaf in leaves if is_tensor(leaf)):
             self.values[node] = pytree.tree_map(lambda x: self._value(x) if is_tensor(x) else self._number(x), fake)
         else:
-            mark = len(self.steps), len(self.buffers), dict(self.by_memory)
-            widened = dict(self.widened)
+            mark = len(self.steps), len(self.buffers), dict(self.by_memory), dict(self.widened)
             try:
                 self.values[node] = self._written(node.target, args, kwargs, fake)
             except NoWords:
                 del self.steps[mark[0] :], self.buffers[mark[1] :]
-                self.by_memory, self.widened = mark[2], widened
+                self.by_memory, self.widened = mark[2:]
                 self._read(given)
                 self.copies = {k: v for k, v in self.copies.items() if v.buffer < mark[1]}
                 self.values[node] = self._hosted(node.target, args, kwargs, fake)

@@ -13,14 +13,13 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy import functions as sizes
 
 from kvpass.ir import address
 from kvpass.lowering import build, cpp
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
 from kvpass.lowering.tape.trace import Operand, Traced, trace
-from kvpass.lowering.tape.words import Value
+from kvpass.lowering.tape.words import CALLS, Value
 
 SOURCE = cpp.SOURCE.with_name("tape.cpp")
 
@@ -29,28 +28,20 @@ class OutOfRange(IndexError):
     """An index that the model's own op would have refused."""
 
 
-_CALLS: Mapping[str, tuple[Any, tuple[type, ...]]] = {
-    "floor_div": (operator.floordiv, (sizes.FloorDiv, sizes.CleanDiv)),
-    "modulo": (operator.mod, (sizes.PythonMod, sizes.Mod, sympy.Mod)),
-    "larger": (max, (sizes.Max, sympy.Max)),
-    "smaller": (min, (sizes.Min, sympy.Min)),
-}
+_FUNCTIONS = {"floor_div": operator.floordiv, "floor_mod": operator.mod, "larger": max, "smaller": min}
 
 
 def _numbers(symbols: Sequence[sympy.Symbol], wanted: Sequence[Any]) -> Callable[..., list[Any]]:
     """What these expressions are for the numbers of a call."""
-    made: Callable[..., list[Any]] = sympy.lambdify(
-        list(symbols), [_as_calls(e) if isinstance(e, sympy.Basic) else e for e in wanted],
-        modules=[{name: function for name, (function, _) in _CALLS.items()}, "math"], cse=False,
-    )  # fmt: skip
+    plain = [_as_calls(e) if isinstance(e, sympy.Basic) else e for e in wanted]
+    made: Callable[..., list[Any]] = sympy.lambdify(list(symbols), plain, modules=[_FUNCTIONS, "math"], cse=False)
     return made
 
 
 def _as_calls(expr: sympy.Basic) -> sympy.Basic:
     """The same, with calls for operators: sympy prints ``a % (b*c)`` without its brackets."""
-    for name, (_, kinds) in _CALLS.items():
-        for kind in kinds:
-            expr = expr.replace(kind, sympy.Function(name))
+    for kind, name in CALLS.items():
+        expr = expr.replace(kind, sympy.Function(name.partition("<")[0]))
     return expr
 
 

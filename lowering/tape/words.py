@@ -81,7 +81,7 @@ class Words:
             return f"({sign.join(sorted(args))})"
         if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
             return "(" + " * ".join([args[0]] * int(expr.exp)) + ")"
-        for kind, name in _CALLS.items():
+        for kind, name in CALLS.items():
             if isinstance(expr, kind):
                 return reduce(lambda a, b: f"{name}({a}, {b})", args)
         raise NoWords(f"the size {expr}")
@@ -107,7 +107,8 @@ class Words:
         return "".join(heads) + "{ " + body(index) + " }"
 
 
-_CALLS: Mapping[Any, str] = {
+# Sizes that neither C++ nor Python says with an operator, and what their functions are called.
+CALLS: Mapping[Any, str] = {
     sizes.FloorDiv: "floor_div",
     sizes.CleanDiv: "floor_div",
     sizes.PythonMod: "floor_mod",
