@@ -155,6 +155,13 @@ class Split(Layer):
         return x + torch.relu(a) * b
 
 
+class Flat(Layer):
+    """Layers that each compute a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(torch.relu(self.one(x.flatten(0, 1)))).view_as(x)
+
+
 class Deep(nn.Module):
     def __init__(self, kind: type[Layer], epsilons: list[float]) -> None:
         super().__init__()
@@ -171,7 +178,7 @@ class Deep(nn.Module):
 ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split])
+@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split, Flat])
 @pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
 def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     tracing = Tracing(monkeypatch)

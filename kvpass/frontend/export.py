@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch._inductor.fx_passes.dedupe_symint_uses import dedupe_symints
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -220,6 +221,7 @@ class _Joined:
         if any(free - known for free in map(_symbols, self.graph.nodes)):
             return None
         self.graph.output(tuple(self.nodes.get(x, x) if isinstance(x, fx.Node) else x for x in _results(self.gm.graph)))
+        dedupe_symints(self.graph)  # as tracing itself does: a size is computed once, and not once a piece
         self.graph.eliminate_dead_code()
         return fx.GraphModule(self.held, self.graph)
 
