@@ -155,6 +155,14 @@ class Split(Layer):
         return x + torch.relu(a) * b
 
 
+class Sliced(Layer):
+    """Layers that differ in what they take of a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x[..., :8] if self.eps > 1e-3 else x[..., 8:]
+        return x + self.two(torch.relu(self.one(torch.cat([half, half], -1))))
+
+
 class Flat(Layer):
     """Layers that each compute a size."""
 
@@ -178,7 +186,7 @@ class Deep(nn.Module):
 ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split, Flat])
+@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split, Sliced, Flat])
 @pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
 def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     tracing = Tracing(monkeypatch)
