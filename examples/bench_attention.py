@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpass.cache.pools import Pool, SlotSpec
 from kvpass.ir import Attention, Layout
 from kvpass.kernels.text import parse
 from kvpass.lowering import build, cpu
@@ -97,6 +98,15 @@ def plain(given: Attention) -> Attention:
     return replace(given, reads=tuple(r for r in given.reads if r.name in str(given.score)))
 
 
+def _pool(rows: Tensor) -> Tensor:
+    """`[K, pages, PAGE, D]`, in memory as the cache has it."""
+    heads, pages, _, size = rows.shape
+    pool = Pool(SlotSpec(bytes(32), (heads,), (size,), rows.dtype, rows.device, "rows"), PAGE)
+    pool.grow(pages, pages)
+    pool.tensor.copy_(rows)
+    return pool.tensor
+
+
 def medians(contenders: list[Callable[[], object]], seconds: float) -> list[float]:
     """Median times, in seconds; the contenders take turns."""
     for run in contenders:
@@ -142,7 +152,7 @@ class Bench:
         query = torch.randn(1, 1, heads, size).to(given.dtype).transpose(1, 2)
         k, v = ([torch.randn(1, kv_heads, keys, size).to(given.dtype) for _ in range(3)] for _ in range(2))
         table = torch.randperm(keys // PAGE).int().view(1, -1)
-        pools = [x.view(kv_heads, -1, PAGE, size) for x in (k[1], v[1])]
+        pools = [_pool(x.view(kv_heads, -1, PAGE, size)) for x in (k[1], v[1])]
         paged = [Rows.paged(POOL, pool, table, -1) for pool in pools]
         size_read = 2 * k[0].numel() * k[0].element_size()
         products = heads // kv_heads * (4 // given.dtype.itemsize)

@@ -645,24 +645,33 @@ inline void products(const float* query, const Element* const* rows, const Eleme
   }
 }
 
-// Scores of Q queries with rows `from .. to - 1` of S tiles.
-template <int Q, int S>
-inline void scores_of(const float* query, const Ahead& ahead, int from, int to, float* s) {
+// Scores of Q queries with R rows at a time, of T of S tiles, from row `from` on; gives the first row that is left.
+template <int Q, int S, int R, int T>
+inline int scores_by(const float* query, const Ahead& ahead, int from, int to, float* s) {
   const Strip& keys = ahead.now;
-  constexpr int R = 8 / (Q == 3 ? 4 : Q), T = least(R, S);
-  for (int r = from; r < to; r += R / T)
+  for (; from + R / T <= to; from += R / T)
     for (int t = 0; t < S; t += T) {
       const Element *rows[R], *later[R];
       int at[R];
 #pragma GCC unroll 8
       for (int x = 0; x < R; ++x) {
-        int j = least(r + x / T, to - 1);
-        rows[x] = keys.first[t + x % T] + j * keys.row;
-        at[x] = (t + x % T) * keys.count + j;
-        later[x] = ahead.wanted ? ahead.row(t + x % T, j) : rows[x];
+        const int tile = t + x % T, j = from + x / T;
+        rows[x] = keys.first[tile] + j * keys.row;
+        at[x] = tile * keys.count + j;
+        later[x] = ahead.wanted ? ahead.row(tile, j) : rows[x];
       }
       products<Q, R>(query, rows, later, at, s);
     }
+  return from;
+}
+// Eight sums side by side keep a machine busy whose multiply-add takes four cycles; `vdpbf16ps` takes six, and four rows of
+// one tile are better then than one of each of four. Long rows of floats are faster two at a time.
+template <int Q, int S>
+inline void scores_of(const float* query, const Ahead& ahead, int from, int to, float* s) {
+  constexpr bool FOUR = Q > 2 && REGISTERS == 32 && (PAIRED || ROW_BYTES <= 256);
+  constexpr int R = FOUR ? 4 : 8 / (Q == 3 ? 4 : Q), T = FOUR && PAIRED ? 1 : least(R, S);
+  from = scores_by<Q, S, R, T>(query, ahead, from, to, s);
+  if constexpr (R > T) scores_by<Q, S, T, T>(query, ahead, from, to, s);
 }
 
 // What weighted sums of values are made of: one chunk of ROWS rows.

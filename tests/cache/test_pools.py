@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -70,6 +72,19 @@ def test_reserved_memory_is_not_taken_before_it_is_used() -> None:
     pool.grow(1, 2**40 // pool.page_bytes)  # one tebibyte
     pool.tensor[:, 1].fill_(1.0)
     assert resident() - before < 64 * 2**20
+
+
+def test_huge_pages_take_at_most_half_as_much_again() -> None:
+    heads = 8
+    pool = Pool(spec("x", (heads,), (256,)), 64)
+    pool.grow(1, 2**32 // pool.page_bytes)
+    before = resident()
+    for pages in (1, 10, 64, 65, 100, 200):
+        pool.tensor[:, :pages].fill_(1.0)
+        used = pages * pool.page_bytes
+        assert resident() - before < 1.5 * used + heads * 2 * mmap.PAGESIZE + 2**20
+    with open("/proc/self/smaps") as file:
+        assert sum(line.startswith("VmFlags") and " hg" in line for line in file) >= heads
 
 
 def test_no_memory_is_a_memory_error() -> None:
