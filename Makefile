@@ -55,14 +55,23 @@ $(STAMPS)/llama: $(STAMPS)/venv
 	$(VENV)-llama/bin/python -m pip install --quiet llama-cpp-python
 	touch $@
 
+# torchvision comes along and has to be of one build with torch; nothing here needs it.
+$(STAMPS)/openvino: $(STAMPS)/venv
+	$(PYTHON) -m venv $(VENV)-openvino
+	$(VENV)-openvino/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-openvino/bin/python -m pip install --quiet $(TORCH) openvino optimum-intel
+	$(VENV)-openvino/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 demo: $(STAMPS)/kvpass $(STAMPS)/models
 	$(BIN)/kvpass demo $(ARGS)
 
 bench: $(STAMPS)/kvpass $(STAMPS)/models
 	$(BIN)/python examples/bench_decode.py $(ARGS)
 
-bench-steps: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/llama
-	$(BIN)/python examples/bench_steps.py --llama $(VENV)-llama/bin/python $(ARGS)
+bench-steps: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/llama $(STAMPS)/openvino
+	$(BIN)/python examples/bench_steps.py --llama $(VENV)-llama/bin/python --openvino $(VENV)-openvino/bin/python \
+	    --static --cold $(ARGS)
 
 bench-attention: $(STAMPS)/kvpass
 	$(BIN)/python examples/bench_attention.py $(ARGS)
@@ -89,4 +98,4 @@ soak: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/torchao
 	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-llama build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-llama $(VENV)-openvino build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

