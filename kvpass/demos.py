@@ -63,7 +63,7 @@ def load(name: str) -> tuple[nn.Module, Any]:
 
 
 def gguf_file(name: str, scratch: Path) -> Path:
-    """The quantised file that the weights of "smollm2" or "gemma3" come from, in its package or put together in a folder.
+    """The quantised file of "smollm2" (in its package) or of "gemma3" (put together in a folder).
 
     Raises:
         InputError: a package that carries the weights is not installed.

@@ -24,6 +24,7 @@ from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.spell import call
+from kvpass.transforms.streams import stacked
 from kvpass.transforms.writes import joined
 
 aten = torch.ops.aten
@@ -62,6 +63,7 @@ def normalise(captured: Captured) -> None:
             _without_bias(graph, node)
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
+    stacked(graph, captured.seq)
     joined(graph)
     at_once(graph)
     in_order(graph)

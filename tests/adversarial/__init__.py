@@ -43,6 +43,7 @@ CASES: tuple[Case, ...] = (
         rows.RemainderOfSum,
         rows.LastRowForAll,
         rows.TokenMixing,
+        rows.StreamsAhead,
     ),
     *_cases("future", (EMPTY,), masks.EmptiedRow),
     # A maximum over queries combines whole matrices of pairs.
@@ -50,6 +51,7 @@ CASES: tuple[Case, ...] = (
     # Whole matrices of pairs are combined: the future is in them, and they cannot be cut into rows.
     *_cases("future", (FUTURE, NOT_INCREMENTAL), masks.WrongSoftmaxAxis, masks.MaxOverAllScores),
     *_cases("future", (FUTURE, SHAPE), rows.NextRow, rows.NextRowWritten, rows.WindowsAhead),
+    *_cases("future", (FUTURE, SHAPE, LENGTH), rows.StreamsMixedUp, rows.StreamsCutElsewhere),
     # Dynamo itself does not look into a GRU.
     *_cases("future", (FUTURE, UNKNOWN, BREAK, STATIC), rows.BackwardRecurrence),
     # Ops that need no rule of their own: to know them by name is enough to refuse them.

@@ -50,6 +50,35 @@ class SoftmaxOverTime(Model):
         return x * x.softmax(dim=1)
 
 
+class StreamsAhead(Model):
+    """Two streams on one axis; the second one sees a row too many of the first."""
+
+    seen = 1
+
+    def mix(self, x: Tensor) -> Tensor:
+        size = x.shape[1]
+        q, k, v = (part.chunk(2, 2) for part in self.project(torch.cat([x, x * 0.5], 1)))
+        i = torch.arange(size)
+        allowed = torch.cat([i[None] <= i[:, None] + self.seen, i[None] == i[:, None]], 1)
+        keys, values = torch.cat(k, 2), torch.cat(v, 2)
+        return self.merge(functional.scaled_dot_product_attention(q[1], keys, values, attn_mask=allowed))
+
+
+class StreamsMixedUp(Model):
+    """Two streams on one axis, taken apart as if they took turns."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        both = torch.cat([x, x * 0.5], 1)
+        return both.view(x.shape[0], x.shape[1], 2, SIZE)[:, :, 0]
+
+
+class StreamsCutElsewhere(Model):
+    """Two streams on one axis, of which a piece of one and a piece of the other are taken."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x * 0.5], 1)[:, 1 : 1 + x.shape[1]]
+
+
 class NextRow(Model):
     """Every row gets the one after it."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from tests.coverage.base import DEPTH, HEADS, NEG_INF, SIZE, Decoder, grid
+from tests.coverage.base import DEPTH, HEADS, MAX_ROWS, NEG_INF, SIZE, Decoder, grid
 
 
 class SoftCap(Decoder):
@@ -300,6 +300,54 @@ class Forgetting(Decoder):
         return self.merge(scores.masked_fill(~self.seen(x, layer), NEG_INF).softmax(-1) @ v, layer)
 
 
+class Streams(Decoder):
+    """Two streams on one axis (ProphetNet): tokens, and predictions that see tokens before them and themselves."""
+
+    layers = 2
+    kernels = 2  # of the tokens; the others are one softmax over rows of two streams
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(MAX_ROWS, SIZE))
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = self.embed(ids)
+        return torch.cat([x, self.place[: ids.shape[1]].expand_as(x)], 1)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        (q, p), (k, own_k), (v, own_v) = (stacked.chunk(2, 2) for stacked in self.project(x, layer))
+        i, j = grid(x[:, : x.shape[1] // 2])
+        tokens = (q @ k.mT * DEPTH**-0.5).masked_fill(j > i, NEG_INF).softmax(-1) @ v
+        seen = torch.cat([(j < i) | (j == 0), j == i], 1)
+        scores = (p @ torch.cat([k, own_k], 2).mT * DEPTH**-0.5).masked_fill(~seen, NEG_INF)
+        predicted = scores.softmax(-1) @ torch.cat([v, own_v], 2)
+        return self.merge(torch.cat([tokens, predicted], 2), layer)
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Any:
+        return self.head(x[:, ids.shape[1] :])
+
+
+class StreamsApart(Streams):
+    """Three streams in one attention, which do not see each other; the last two come out, split by sizes."""
+
+    kernels = 2
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        two = super().enter(ids)
+        return torch.cat([two, self.embed(ids) * 0.5], 1)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = (t.view(b, HEADS, 3, s // 3, DEPTH) for t in self.project(x, layer))
+        i, j = grid(x[:, : s // 3])
+        y = (q @ k.mT * DEPTH**-0.5).masked_fill(j > i, NEG_INF).softmax(-1) @ v
+        return self.merge(y.view(b, HEADS, s, DEPTH), layer)
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Any:
+        _, others = x.split([ids.shape[1], 2 * ids.shape[1]], 1)
+        return self.head(others.unflatten(1, (2, -1)))
+
+
 SCORES = (
     SoftCap,
     LearnedSink,
@@ -323,4 +371,6 @@ SCORES = (
     GatedResidual,
     Cosine,
     Forgetting,
+    Streams,
+    StreamsApart,
 )
