@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 import kvpass
 from kvpass import errors
@@ -30,6 +32,12 @@ def written(module: fx.GraphModule) -> list[Any]:
         types = [export.type_of(x)[:4] for x in values if x is not None]  # not whether a weight wants gradients
         out.append((told, types))
     return out
+
+
+def modes(module: fx.GraphModule) -> set[int]:
+    """Values of several modes cannot be operands of one op."""
+    leaves = pytree.tree_leaves([node.meta.get("val") for node in module.graph.nodes])
+    return {id(x.fake_mode) for x in leaves if isinstance(x, FakeTensor)}
 
 
 class Tracing:
@@ -64,6 +72,7 @@ class Tracing:
         assert before < len(self.whole) == len(self.joined) == len(self.traced)
         for joined, whole in zip(self.joined, self.whole, strict=True):
             assert written(joined) == written(whole)
+            assert len(modes(joined)) == len(modes(whole)) == 1
 
 
 IDS = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -211,9 +211,11 @@ def test_failures_in_capture_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(export, "aot_export_module", broken)
         assert code_of(Model(same), ids()) == "KV109"
-    torch._dynamo.reset()
-    monkeypatch.setattr(backend, "incrementalise", broken)
-    assert code_of(Model(same), ids()) == "KV110"
+    for ours in ("incrementalise", "Program"):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, ours, broken)
+            assert code_of(Model(same), ids()) == "KV110"
 
 
 def test_a_capture_that_fails_inside_of_a_vmap() -> None:

@@ -114,6 +114,7 @@ def kvpass(
     if mode not in (None, "default"):
         raise errors.OptionError(f"kvpass has no mode {mode!r}; leave it out")
     captured: Captured | None = None
+    cache = chosen.cache if chosen.cache is not None else default_cache()
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
@@ -123,13 +124,12 @@ def kvpass(
             if isinstance(incremental, errors.Refusal):
                 raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
+            rebuild = partial(_rebuild, autotune=chosen.autotune)
+            program = Program(captured, incremental, plain.forward, cache, rebuild, chosen.tiers, chosen.verify)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return gm.forward
-    cache = chosen.cache if chosen.cache is not None else default_cache()
-    rebuild = partial(_rebuild, autotune=chosen.autotune)
-    program = Program(captured, incremental, plain.forward, cache, rebuild, chosen.tiers, chosen.verify)
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, plain, args))
     _record(Record(captured, program, None))

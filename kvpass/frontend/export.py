@@ -18,7 +18,9 @@ import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
 from torch._inductor.fx_passes.dedupe_symint_uses import dedupe_symints
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -44,8 +46,16 @@ def exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
         Mutation: it writes into an input.
     """
     pieces = _pieces(gm.graph)
-    joined = _Joined(gm, fakes).of(pieces) if pieces else None
+    joined = _Joined(gm, _of_one_mode(fakes)).of(pieces) if pieces else None
     return joined if joined is not None else traced(gm, fakes)
+
+
+def _of_one_mode(fakes: Sequence[Any]) -> list[Any]:
+    """Dynamo's values belong to a mode of its own; those that tracing makes, to the one of the compilation."""
+    mode = detect_fake_mode(fakes)
+    if mode is None:
+        return list(fakes)
+    return [mode.from_tensor(x) if isinstance(x, FakeTensor) and x.fake_mode is not mode else x for x in fakes]
 
 
 def traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:

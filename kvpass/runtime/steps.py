@@ -42,10 +42,12 @@ class Regime:
 
     Attributes:
         small: by place among the arguments, the sizes that are zero or one: broadcasting treats those alike.
+        tables: by slot, the first one that has the same table of pages.
     """
 
     one_row: bool
     small: tuple[tuple[int, int], ...]
+    tables: tuple[int, ...]
     shapes: tuple[Any, ...]
 
     def __str__(self) -> str:
@@ -69,14 +71,22 @@ class Arguments:
 
     def regime(self, args: Sequence[Any], new: int) -> Regime:
         shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args[self.extra :])
-        return Regime(new == 1, tuple((k, int(args[k])) for k in self.symbols if args[k] <= 1), shapes)
+        small = tuple((k, int(args[k])) for k in self.symbols if args[k] <= 1)
+        first: dict[int, int] = {}
+        tables = tuple(first.setdefault(id(table), k) for k, table in enumerate(args[self.first + 3 : self.extra : 4]))
+        return Regime(new == 1, small, tables, shapes)
+
+    def _table(self, slot: int) -> int:
+        """The place of a slot's table among the arguments; its run stands behind it."""
+        return self.first + 3 + 4 * slot
 
     def numbers(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> list[int]:
         """The values of the symbols of a call."""
         out = [start] if regime.one_row else [start, new]
         out += [int(args[k]) for k in self.symbols if args[k] > 1]
-        for at in range(self.first + 2, self.extra, 4):
-            out += [args[at + 1].shape[1], args[at + 2]]
+        for slot in dict.fromkeys(regime.tables):
+            at = self._table(slot)
+            out += [args[at].shape[1], args[at + 1]]
         return out
 
     def tape(self, regime: Regime, module: fx.GraphModule, args: Sequence[Any], start: int, new: int) -> Tape:
@@ -95,11 +105,15 @@ class Arguments:
         batch = sympy.sympify(self.captured.batch).xreplace(known)
         operands = [self._operand(k, known, args) for k in range(self.first)]
         operands += [Operand(number=P + rows), Operand(number=P)]
-        for k, at in enumerate(range(self.first + 2, self.extra, 4)):
+        tables: dict[int, list[sympy.Symbol]] = {}
+        for k in dict.fromkeys(regime.tables):
             pages, run = sympy.Symbol(f"pages_{k}", integer=True, positive=True), sympy.Symbol(f"run_{k}", integer=True)
-            symbols += [pages, run]
+            tables[k] = [pages, run]
+            symbols += tables[k]
+        for slot, k in enumerate(regime.tables):
+            pages, run = tables[k]
             operands += [
-                Operand(fixed=args[at]),
+                Operand(fixed=args[self._table(slot) - 1]),
                 Operand(sizes=(batch, pages), dtype=torch.int32),
                 Operand(number=run),
                 Operand(sizes=(batch * rows,), dtype=torch.int64),

@@ -23,7 +23,7 @@ from kvpass.transforms.experts import unsorted
 from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import JOINS, call
 from kvpass.transforms.streams import stacked
 from kvpass.transforms.writes import joined
 
@@ -61,6 +61,8 @@ def normalise(captured: Captured) -> None:
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target is aten.baddbmm.default and node.kwargs.get("beta") == 0:
             _without_bias(graph, node)
+        elif node.target in JOINS:
+            _without_empty(graph, node)
         elif node.target in _SPLITS:
             _replace_pieces(graph, node, _SPLITS[node.target])
     stacked(graph, captured.seq)
@@ -100,6 +102,26 @@ def _without_bias(graph: fx.Graph, node: fx.Node) -> None:
             made = call(graph, node, aten.mul.Tensor, made, alpha)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
+    """Pieces of a join that have no entries: the half of a head that a rotary embedding leaves as it is, for one."""
+    pieces, axis = arguments(node)[0], dim_of(node, 1)
+    kept = [piece for piece in pieces if (shape := piece.meta["val"].shape) != (0,) and not _is_zero(shape[axis])]
+    if not kept or len(kept) == len(pieces):
+        return
+    made = kept[0]
+    if len(kept) > 1 or made.meta["val"].dtype is not node.meta["val"].dtype:
+        with graph.inserting_before(node):
+            made = call(graph, node, aten.cat.default, kept, axis)
+            if made.meta["val"].dtype is not node.meta["val"].dtype:
+                made = call(graph, node, aten._to_copy.default, made, dtype=node.meta["val"].dtype)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
 
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:

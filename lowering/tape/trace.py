@@ -92,6 +92,7 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
         return torch.empty([number(size) for size in operand.sizes], dtype=operand.dtype, device="meta")
 
     values: dict[fx.Node, Any] = {}
+    repeats = _Repeats()
     given = iter(operands)
     with torch.no_grad(), torch.inference_mode(False), enable_python_dispatcher():
         for node in module.graph.nodes:
@@ -103,7 +104,7 @@ def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sy
                 known: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
                 args, kwargs = pytree.tree_map(_without_contents, known)
                 try:
-                    values[node] = _value(node.target, args, kwargs)
+                    values[node] = repeats.value(node.target, args, kwargs)
                 except Exception as error:
                     raise Untraceable(f"{node.name}: {type(error).__name__}: {error}") from error
             elif node.op != "output":
@@ -119,6 +120,72 @@ def _static(tensor: torch.Tensor) -> Any:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise Untraceable(f"a {type(tensor).__name__}")
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an op made: a tensor of these sizes, in the memory of operand ``of`` or its own; or that operand itself."""
+
+    tensor: torch.Tensor
+    of: int | None
+    itself: bool
+
+    def again(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.of is None:
+            x = self.tensor
+            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+        given = operands[self.of]
+        if self.itself:
+            return given
+        return torch.as_strided(given, self.tensor.size(), self.tensor.stride(), self.tensor.storage_offset())
+
+
+class _Repeats:
+    """An op on operands of sizes, strides and types that it had before makes what it made before: layers repeat."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[list[_Made], pytree.TreeSpec] | None] = {}
+
+    def value(self, target: Any, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        operands = [leaf for leaf in leaves if is_tensor(leaf)]
+        places: dict[int, int] = {}
+        key = target, spec, *(_seen(leaf, places) for leaf in leaves)
+        known = self._known.get(key)
+        if known is not None:
+            return pytree.tree_unflatten([made.again(operands) for made in known[0]], known[1])
+        made = _value(target, args, kwargs)
+        if key not in self._known:
+            self._known[key] = self._kept(made, operands)
+        return made
+
+    def _kept(self, made: Any, operands: list[torch.Tensor]) -> tuple[list[_Made], pytree.TreeSpec] | None:
+        """None of what cannot be made again by its sizes."""
+        results, spec = pytree.tree_flatten(made)
+        kept, own = list[_Made](), set[int]()
+        for result in results:
+            if not is_tensor(result):
+                return None
+            of = next((k for k, x in enumerate(operands) if memory(x) == memory(result)), None)
+            if (of is None and memory(result) in own) or (of is not None and operands[of].dtype is not result.dtype):
+                return None
+            own.add(memory(result))
+            kept.append(_Made(result, of, of is not None and operands[of] is result))
+        return kept, spec
+
+
+def _seen(leaf: Any, places: dict[int, int]) -> Any:
+    """All of an argument that what an op makes can depend on; memory by the place where it was first seen."""
+    if is_tensor(leaf):
+        at = places.setdefault(memory(leaf), len(places))
+        return leaf.dim(), leaf.dtype, at, *map(_seen_number, (*leaf.size(), *leaf.stride(), leaf.storage_offset()))
+    return type(leaf), _seen_number(leaf)
+
+
+def _seen_number(value: Any) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return repr(value) if isinstance(value, float) else value
 
 
 def _value(target: Any, args: Any, kwargs: Any) -> Any:

@@ -57,6 +57,14 @@ class PartialRotary(Rotary):
     turned = DEPTH // 2
 
 
+class WholeRotary(Rotary):
+    """All of each head is turned, and joined with the rest of it, which has no entries."""
+
+    def project(self, x: Tensor, layer: int, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, layer, *more)
+        return q, torch.cat((k[..., :0], k, k[..., DEPTH:]), -1), v
+
+
 class ComplexRotary(Decoder):
     """Pairs of neighbours as complex numbers, from a table of `polar`."""
 
@@ -361,6 +369,7 @@ class Deberta(Decoder):
 
 POSITIONS = (
     PartialRotary,
+    WholeRotary,
     ComplexRotary,
     BasesOfLayers,
     LinearScaling,

@@ -40,20 +40,37 @@ class Layer(nn.Module):
         self.own = nn.Linear(24, HEADS * ROPE, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
+        return self.out(self.mix(self.embed(ids)))[:, -2:]
+
+    def mix(self, x: Tensor) -> Tensor:
         q = heads(self.q(x))
         row = self.down(x)
         turned = turn(row[..., RANK:])
         k, v = self.lift(self, self.norm(row[..., :RANK]), turned.unsqueeze(1), x)
         q = torch.cat([q[..., :NOPE], turn(q[..., NOPE:])], -1) if self.lift is not rope_first else q
         if self.by_hand:
-            length = ids.shape[1]
+            length = x.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool).tril()
             scores = torch.tanh(q @ k.transpose(-2, -1) * 0.3) * 3.0
             made = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
         else:
             made = sdpa(q, k, v, is_causal=True, scale=0.3)
-        return self.out(made.transpose(1, 2).flatten(2))[:, -2:]
+        return made.transpose(1, 2).flatten(2)
+
+
+class Deep(Layer):
+    """So many layers that what is traced of one stands for all."""
+
+    def __init__(self) -> None:
+        super().__init__(joint)
+        self.layers = nn.ModuleList(Layer(joint) for _ in range(6))
+        self.back = nn.ModuleList(nn.Linear(HEADS * VALUE, 24) for _ in self.layers)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer, back in zip(self.layers, self.back, strict=True):
+            x = x + back(layer.mix(x))  # type: ignore[operator]
+        return self.out(self.mix(x))[:, -2:]
 
 
 def heads(x: Tensor) -> Tensor:
@@ -205,6 +222,13 @@ def test_the_row_is_stored(lift: KeysAndValues, by_hand: bool, monkeypatch: pyte
     assert slot.shape == (RANK + ROPE,)
     same_over_a_history(made)
     assert taken == {True, False}
+
+
+def test_the_rows_of_many_layers_are_stored() -> None:
+    made = compiled(Deep())
+    assert made.program.incremental is not None
+    assert [slot.shape for slot in made.program.incremental.plan.slots] == [(RANK + ROPE,)] * 7
+    same_over_a_history(made)
 
 
 @pytest.mark.parametrize("lift", NEAR_MISSES, ids=lambda f: f.__name__)
