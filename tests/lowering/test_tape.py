@@ -18,6 +18,7 @@ from kvpass.lowering.tape import Operand, OutOfRange, Tape, Untraceable
 from kvpass.lowering.tape import plan as planning
 from kvpass.lowering.tape import tape as tape_module
 from kvpass.lowering.tape.rules import RULES
+from kvpass.lowering.tape.trace import trace
 
 aten = torch.ops.aten
 N = sympy.Symbol("n", integer=True, positive=True)
@@ -460,3 +461,25 @@ def test_a_wrong_rule_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(planning.RULES, aten.silu.default, lambda w: right(w).replace("sigmoid", "hyperbolic"))
     with pytest.raises(AssertionError):
         test_rule_is_the_op((aten.silu.default, [X], (), {}))
+
+
+def test_an_op_is_traced_for_each_type_size_and_number() -> None:
+    """What it made before is what it makes only where nothing differs that it can depend on."""
+    whole_numbers = torch.arange(6).reshape(2, 3)
+    inputs = [floats(2, 3), floats(2, 3, dtype=torch.bfloat16), floats(3, 2), floats(2, 3), whole_numbers]
+
+    def calls(graph: fx.Graph, given: list[fx.Node]) -> Any:
+        made = [graph.call_function(aten.neg.default, (x,)) for x in given]
+        made += [graph.call_function(aten.mul.Tensor, (given[4], by)) for by in (2, 2.0, True)]
+        made += [graph.call_function(aten.full.default, ([2, 3], by)) for by in (1, True, 1.0)]
+        made += [graph.call_function(aten.slice.Tensor, (given[0], 1, 0, to)) for to in (1, 2, 1)]
+        made += [graph.call_function(aten.transpose.int, (made[0], *axes)) for axes in ((0, 1), (1, 1), (-2, -1))]
+        return tuple(made)
+
+    module = graph_of(calls, len(inputs))
+    operands = [Operand(sizes=tuple(map(sympy.Integer, x.shape)), dtype=x.dtype) for x in inputs]
+    values = trace(module, operands, {}).values
+    (results,) = next(iter(module.graph.find_nodes(op="output"))).args[0]
+    for node, expected in zip(results, module(*inputs)[0], strict=True):
+        found = values[node]
+        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride()), node

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import kvpass
 from kvpass.frontend.backend import records
 from kvpass.lowering import build
+from kvpass.lowering.tape import trace
 from kvpass.lowering.tape.rules import RULES
 from kvpass.runtime import steps
 from kvpass.runtime.steps import Steps
@@ -262,3 +263,41 @@ def test_a_model_without_gradients_inside_inference_mode(model: Model, monkeypat
             ids = torch.cat([ids, torch.randint(0, 23, (1, 1))], 1)
             close(fast(ids), model(ids))
     assert calls
+
+
+def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, strides and types of every value, and which of them share memory."""
+    made = steps.Tape
+    checked: list[int] = []
+
+    def tape(module: fx.GraphModule, operands: Any, hints: Any) -> Any:
+        once = trace.trace(module, operands, hints)
+        with monkeypatch.context() as patch:
+            patch.setattr(trace._Repeats, "value", lambda self, *call: trace._value(*call))
+            each = trace.trace(module, operands, hints)
+        assert described(once) == described(each)
+        assert once.guards == each.guards
+        checked.append(len(once.values))
+        return made(module, operands, hints)
+
+    monkeypatch.setattr(steps, "Tape", tape)
+    fast = kvpass.compile(model, cache=kvpass.Cache("4MiB"), tiers="compiled")
+    ids = torch.randint(0, 23, (2, 20))
+    with torch.no_grad():
+        for rows in (9, 10, 13, 14):
+            close(fast(ids[:, :rows]), model(ids[:, :rows]))
+    assert len(checked) == 2
+
+
+def described(traced: trace.Traced) -> list[Any]:
+    place: dict[int, int] = {}
+    same: dict[int, int] = {}
+    out: list[Any] = []
+    for node, value in traced.values.items():
+        if not isinstance(value, Tensor):
+            out.append(str(value))
+            continue
+        numbers = [str(n) for n in (*value.shape, *value.stride(), value.storage_offset())]
+        memory = place.setdefault(trace.memory(value), len(place))
+        out.append((node.name, numbers, value.dtype, memory, same.setdefault(id(value), len(same))))
+    return out
