@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import CeilToInt, FloorDiv, Mod, OpaqueUnaryFn_log2
 
 import kvpass
 from kvpass import errors
@@ -237,6 +237,8 @@ def test_a_guard_without_a_value_holds_for_no_length() -> None:
     rows = sympy.Symbol("s", integer=True, positive=True)
     guard = sympy.Eq(Mod(8, FloorDiv(rows, 64)), 0)
     assert [holds(guard, rows, number) for number in (10, 64, 200, 256)] == [False, True, False, True]
+    logarithm = sympy.Eq(CeilToInt(OpaqueUnaryFn_log2(rows - 9)), 2)
+    assert [holds(logarithm, rows, number) for number in (8, 9, 10, 13)] == [False, False, False, True]
 
 
 def test_a_branch_that_is_taken_in_the_graph() -> None:
