@@ -198,6 +198,8 @@ def type_of(value: Any) -> tuple[Any, ...]:
         return type(value), sizes, value.dtype, value.device, value.requires_grad, value.is_conj(), value.is_neg()
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return type(value), value.node.expr
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(type_of, value)
     return type(value), id(value)
 
 
