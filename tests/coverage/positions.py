@@ -58,11 +58,15 @@ class PartialRotary(Rotary):
 
 
 class WholeRotary(Rotary):
-    """All of each head is turned, and joined with the rest of it, which has no entries."""
+    """All of a head is turned, and joined with its rest, which has no entries; keys come out before they turn."""
 
-    def project(self, x: Tensor, layer: int, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(x, layer, *more)
-        return q, torch.cat((k[..., :0], k, k[..., DEPTH:]), -1), v
+    def forward(self, ids: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids)
+        q, k, v = Decoder.project(self, x, 0)
+        cos, sin = angles(self.positions(x), self.inverse(0, x.shape[1]))
+        p, r = (torch.cat((y[..., :0], turn(y, cos, sin), y[..., DEPTH:]), -1) for y in (q, k))
+        scores = (p @ r.mT * DEPTH**-0.5).masked_fill(~self.seen(x, 0), NEG_INF)
+        return self.head(x + self.merge(scores.softmax(-1) @ v, 0)), k
 
 
 class ComplexRotary(Decoder):

@@ -289,6 +289,35 @@ def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: py
     assert len(checked) == 2
 
 
+class First(nn.Module):
+    """The first layer of a model, and its head: it shares what that layer stores."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.embed, self.place, self.head = model.embed, model.place, model.head
+        self.norms, self.mix, self.out = model.norms[:1], model.mix[:1], model.out[:1]
+
+    forward = Model.forward
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 1), (2, 3)])
+def test_slots_whose_tables_of_pages_differ(model: Model, batch: int, rows: int) -> None:
+    """Another model keeps other texts in some of them: from then on each has pages of its own."""
+    cache = kvpass.Cache("4MiB", page_size=4, poison=True)
+    fast, first = (kvpass.compile(m, cache=cache, tiers="compiled", verify=False) for m in (model, First(model)))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 23, (batch, 40), generator=generator) for _ in range(3)]
+    with torch.no_grad():
+        for length in range(9, 9 + 3 * rows, rows):
+            close(fast(texts[0][:, :length]), model(texts[0][:, :length]))
+        first(texts[1])
+        for length in (20, 20 + rows, 20 + 2 * rows, 40):
+            close(fast(texts[2][:, :length]), model(texts[2][:, :length]))
+    program = next(record.program for record in records() if record.program and record.program.cache is cache)
+    regimes = program.steps._made
+    assert {len(set(regime.tables)) for regime, made in regimes.items() if made[0].tape} == {1, 2}
+
+
 def described(traced: trace.Traced) -> list[Any]:
     place: dict[int, int] = {}
     same: dict[int, int] = {}
