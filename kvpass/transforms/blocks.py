@@ -17,12 +17,11 @@ from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.alike import axis_of
-from kvpass.transforms.spell import JOINS, call
+from kvpass.transforms.spell import JOINS, SPLITS, call
 
 aten = torch.ops.aten
 _SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
 """Ops whose second argument is the shape of the result."""
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 Nodes: TypeAlias = tuple[fx.Node, ...]
 Twin: TypeAlias = tuple[fx.Node, int | None]
@@ -67,7 +66,7 @@ class _Blocks:
         args = [arguments(node) for node in nodes]
         if any(a[0] is not args[0][0] for a in args):
             return None
-        if first.target is operator.getitem and args[0][0].target in _SPLITS:
+        if first.target is operator.getitem and args[0][0].target in SPLITS:
             x, axis = arguments(args[0][0])[0], dim_of(args[0][0], 2)
             starts = self._starts() if [a[1] for a in args] == list(range(len(nodes))) else []
         elif first.target is aten.slice.Tensor and all(len(a) < 5 or a[4] == 1 for a in args):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.transforms.spell import call, named
+from kvpass.transforms.spell import call, named, replace, sizes
 
 aten = torch.ops.aten
 Make = Callable[..., fx.Node]
@@ -26,8 +26,7 @@ def decomposed(graph: fx.Graph) -> None:
         if made_of is not None:
             with graph.inserting_before(node):
                 made = made_of(partial(call, graph, node), named(node))
-            node.replace_all_uses_with(made)
-            graph.erase_node(node)
+            replace(node, made)
 
 
 def _gru_cell(make: Make, given: dict[str, Any]) -> fx.Node:
@@ -68,7 +67,7 @@ def _layer(make: Make, given: dict[str, Any]) -> fx.Node:
 def _attention(make: Make, x: fx.Node, given: dict[str, Any]) -> fx.Node:
     """Self-attention of ``[B, S, D]``, from one product for queries, keys and values."""
     size, heads = given["embed_dim"], given["num_heads"]
-    lead = [d if isinstance(d, int) else make(aten.sym_size.int, x, k) for k, d in enumerate(x.meta["val"].shape[:2])]
+    lead = sizes(make, x)[:2]
     joined = make(aten.linear.default, x, given["qkv_weight"], given["qkv_bias"])
     sides = []
     for k in range(3):

@@ -13,7 +13,7 @@ from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
 from kvpass.transforms.sinks import SOFTMAX
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import call, replace
 
 aten = torch.ops.aten
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -27,8 +27,7 @@ def distributed(graph: fx.Graph) -> None:
         if node.target is aten.matmul.default and _is_sum(*arguments(node)):
             with graph.inserting_before(node):
                 made = _Products(graph, node).of(*arguments(node))
-            node.replace_all_uses_with(made)
-            graph.erase_node(node)
+            replace(node, made)
 
 
 def _is_sum(weights: fx.Node, values: fx.Node) -> bool:

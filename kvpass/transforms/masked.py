@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import call
+from kvpass.transforms.spell import call, replace
 
 aten = torch.ops.aten
 _SAME_ROWS = (aten.expand.default, aten.unsqueeze.default, aten.clone.default, aten.alias.default)
@@ -28,8 +28,7 @@ def in_order(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             made = _in_order(graph, node)
         if made is not None:
-            node.replace_all_uses_with(made)
-            graph.erase_node(node)
+            replace(node, made)
 
 
 def _in_order(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

@@ -7,7 +7,6 @@ only slices become slices, assertions on static metadata go. The rules and the r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from kvpass.transforms.experts import unsorted
 from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.sinks import separate
-from kvpass.transforms.spell import JOINS, call
+from kvpass.transforms.spell import JOINS, SPLITS, call, replace
 from kvpass.transforms.streams import stacked
 from kvpass.transforms.writes import joined
 
@@ -63,8 +62,8 @@ def normalise(captured: Captured) -> None:
             _without_bias(graph, node)
         elif node.target in JOINS:
             _without_empty(graph, node)
-        elif node.target in _SPLITS:
-            _replace_pieces(graph, node, _SPLITS[node.target])
+        elif node.target in SPLITS or node.target is aten.unbind.int:
+            _replace_pieces(graph, node)
     stacked(graph, captured.seq)
     joined(graph)
     at_once(graph)
@@ -100,28 +99,20 @@ def _without_bias(graph: fx.Graph, node: fx.Node) -> None:
         made = call(graph, node, aten.bmm.default, *arguments(node)[1:])
         if alpha != 1:
             made = call(graph, node, aten.mul.Tensor, made, alpha)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
+    replace(node, made)
 
 
 def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
     """Pieces of a join that have no entries: the half of a head that a rotary embedding leaves as it is, for one."""
     pieces, axis = arguments(node)[0], dim_of(node, 1)
-    kept = [piece for piece in pieces if (shape := piece.meta["val"].shape) != (0,) and not _is_zero(shape[axis])]
+    kept = [piece for piece in pieces if (shape := piece.meta["val"].shape) != (0,) and sym(shape[axis]) != 0]
     if not kept or len(kept) == len(pieces):
         return
-    made = kept[0]
-    if len(kept) > 1 or made.meta["val"].dtype is not node.meta["val"].dtype:
-        with graph.inserting_before(node):
-            made = call(graph, node, aten.cat.default, kept, axis)
-            if made.meta["val"].dtype is not node.meta["val"].dtype:
-                made = call(graph, node, aten._to_copy.default, made, dtype=node.meta["val"].dtype)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
-
-
-def _is_zero(size: Any) -> bool:
-    return isinstance(size, int) and size == 0
+    with graph.inserting_before(node):
+        made = kept[0] if len(kept) == 1 else call(graph, node, aten.cat.default, kept, axis)
+        if made.meta["val"].dtype is not node.meta["val"].dtype:  # a piece without entries has a type all the same
+            made = call(graph, node, aten._to_copy.default, made, dtype=node.meta["val"].dtype)
+    replace(node, made)
 
 
 def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
@@ -130,9 +121,10 @@ def _pieces_of_split(node: fx.Node) -> tuple[int, list[Any]]:
     return axis % x.dim(), [piece.shape[axis] for piece in node.meta["val"]]
 
 
-def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
+def _replace_pieces(graph: fx.Graph, node: fx.Node) -> None:
     """``split`` and a ``getitem`` become a ``slice``, or nothing; ``unbind`` and a ``getitem`` a ``select``."""
     sizes: list[Any]
+    unbind = node.target is aten.unbind.int
     if unbind:
         axis, sizes = dim_of(node, 1), []
     else:
@@ -155,11 +147,3 @@ def _replace_pieces(graph: fx.Graph, node: fx.Node, unbind: bool) -> None:
         user.replace_all_uses_with(new)
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-_SPLITS: dict[Callable[..., Any], bool] = {
-    aten.split.Tensor: False,
-    aten.split_with_sizes.default: False,
-    aten.chunk.default: False,
-    aten.unbind.int: True,
-}

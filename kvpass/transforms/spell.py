@@ -17,6 +17,7 @@ from kvpass.ir import by_name
 aten = torch.ops.aten
 JOINS = (aten.cat.default, aten.concat.default)
 PADS = (aten.constant_pad_nd.default, aten.pad.default)
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def named(node: fx.Node) -> dict[str, Any]:
@@ -43,6 +44,18 @@ def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any,
     with next(fakes, nullcontext()), enable_python_dispatcher():
         node.meta = {**like.meta, "val": target(*given, **named)}
     return node
+
+
+def replace(node: fx.Node, made: fx.Node) -> None:
+    """One node in place of another, which goes."""
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
+def sizes(make: Callable[..., fx.Node], x: fx.Node) -> list[Any]:
+    """The sizes of a value as arguments of a call; ``make`` is `call` for the graph and the node it is like."""
+    shape = enumerate(x.meta["val"].shape)
+    return [size if isinstance(size, int) else make(aten.sym_size.int, x, axis) for axis, size in shape]
 
 
 def same(a: Any, b: Any, depth: int = 8) -> bool:

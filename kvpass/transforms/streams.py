@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import sympy
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.spell import JOINS, call, named
+from kvpass.transforms.spell import JOINS, SPLITS, call, named, replace, sizes
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def _join(graph: fx.Graph, node: fx.Node, rows: sympy.Symbol) -> None:
     counts = [_streams(piece.meta["val"].shape[axis], rows) for piece in pieces]
     if all(counts):
         parts = [_apart(graph, node, piece, axis, count) for piece, count in zip(pieces, counts, strict=True)]
-        _replace(graph, node, _together(graph, node, call(graph, node, aten.cat.default, parts, axis), axis))
+        replace(node, _together(graph, node, call(graph, node, aten.cat.default, parts, axis), axis))
 
 
 def _slice(graph: fx.Graph, node: fx.Node, rows: sympy.Symbol) -> None:
@@ -53,23 +54,17 @@ def _slice(graph: fx.Graph, node: fx.Node, rows: sympy.Symbol) -> None:
     count, kept = (_streams(of.meta["val"].shape[axis], rows) for of in (x, node))
     first = _streams(start.meta["val"] if isinstance(start, fx.Node) else start, rows) if start else 0
     if given["step"] == 1 and 0 < kept < count and (first or not start):
-        _replace(graph, node, _some(graph, node, x, axis, count, first, kept))
+        replace(node, _some(graph, node, x, axis, count, first, kept))
 
 
 def _split(graph: fx.Graph, node: fx.Node, rows: sympy.Symbol) -> None:
     x, axis = arguments(node)[0], dim_of(node, 2) % arguments(node)[0].meta["val"].dim()
-    sizes = [_streams(piece.shape[axis], rows) for piece in node.meta["val"]]
-    count = _streams(x.meta["val"].shape[axis], rows)
-    if len(sizes) < 2 or not all(sizes) or any(user.target is not operator.getitem for user in node.users):
+    counts = [_streams(piece.shape[axis], rows) for piece in node.meta["val"]]
+    if len(counts) < 2 or not all(counts) or any(user.target is not operator.getitem for user in node.users):
         return
     for user in list(node.users):
         k = arguments(user)[1]
-        _replace(graph, user, _some(graph, node, x, axis, count, sum(sizes[:k]), sizes[k]))
-    graph.erase_node(node)
-
-
-def _replace(graph: fx.Graph, node: fx.Node, made: fx.Node) -> None:
-    node.replace_all_uses_with(made)
+        replace(user, _some(graph, node, x, axis, sum(counts), sum(counts[:k]), counts[k]))
     graph.erase_node(node)
 
 
@@ -85,29 +80,24 @@ def _streams(size: Any, rows: sympy.Symbol) -> int:
     return int(count) if count.is_Integer and count > 0 else 0
 
 
-def _sizes(graph: fx.Graph, like: fx.Node, x: fx.Node) -> list[Any]:
-    shape = enumerate(x.meta["val"].shape)
-    return [size if isinstance(size, int) else call(graph, like, aten.sym_size.int, x, axis) for axis, size in shape]
-
-
 def _apart(graph: fx.Graph, like: fx.Node, x: fx.Node, axis: int, count: int) -> fx.Node:
     """`[.., count * S, ..] -> [.., count, S, ..]`."""
     if count == 1:
         return call(graph, like, aten.unsqueeze.default, x, axis)
-    sizes = _sizes(graph, like, x)
-    return call(graph, like, aten.reshape.default, x, [*sizes[:axis], count, -1, *sizes[axis + 1 :]])
+    shape = sizes(partial(call, graph, like), x)
+    return call(graph, like, aten.reshape.default, x, [*shape[:axis], count, -1, *shape[axis + 1 :]])
 
 
 def _together(graph: fx.Graph, like: fx.Node, x: fx.Node, axis: int) -> fx.Node:
     """`[.., count, S, ..] -> [.., count * S, ..]`."""
     if x.meta["val"].shape[axis] == 1:
         return call(graph, like, aten.select.int, x, axis, 0)
-    sizes = _sizes(graph, like, x)
-    return call(graph, like, aten.reshape.default, x, [*sizes[:axis], -1, *sizes[axis + 2 :]])
+    shape = sizes(partial(call, graph, like), x)
+    return call(graph, like, aten.reshape.default, x, [*shape[:axis], -1, *shape[axis + 2 :]])
 
 
 _REWRITES: dict[Any, Callable[[fx.Graph, fx.Node, sympy.Symbol], None]] = {
     **dict.fromkeys(JOINS, _join),
     aten.slice.Tensor: _slice,
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
+    **dict.fromkeys(SPLITS, _split),
 }

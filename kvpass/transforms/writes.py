@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import JOINS, call
+from kvpass.transforms.spell import JOINS, call, replace
 
 aten = torch.ops.aten
 _LAST = 2**63 - 1
@@ -37,11 +37,6 @@ def joined(graph: fx.Graph) -> None:
             _strided(graph, node)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
 def _copy(graph: fx.Graph, node: fx.Node) -> None:
     """The new entries, in the type of those that they replace."""
     old, new = (a.meta["val"] for a in arguments(node)[:2])
@@ -51,7 +46,7 @@ def _copy(graph: fx.Graph, node: fx.Node) -> None:
     if old.dtype != new.dtype:
         with graph.inserting_before(node):
             made = call(graph, node, aten._to_copy.default, made, dtype=old.dtype)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _chosen(graph: fx.Graph, node: fx.Node) -> None:
@@ -75,7 +70,7 @@ def _chosen(graph: fx.Graph, node: fx.Node) -> None:
         for _ in range(len(sizes) - len(written)):
             value = call(graph, node, aten.squeeze.dim, value, 0)
         made = call(graph, node, aten.where.self, mask, value, x)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _scatter(graph: fx.Graph, node: fx.Node) -> None:
@@ -85,7 +80,7 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     size = value.shape[dim]
     if not isinstance(size, int):
         if _is_everything(given, value, new.meta["val"]):
-            _replace(graph, node, new)
+            replace(node, new)
         else:
             _scatter_rows(graph, node, dim)
         return
@@ -100,7 +95,7 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
             end, new = start + 1, call(graph, node, aten.unsqueeze.default, new, dim)
         pieces = [*_range(graph, node, base, dim, 0, start), new, *_range(graph, node, base, dim, end, size)]
         made = pieces[0] if len(pieces) == 1 else call(graph, node, aten.cat.default, pieces, dim)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _scatter_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
@@ -118,7 +113,7 @@ def _scatter_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
         before = [call(graph, node, aten.slice.Tensor, base, dim, 0, start)] if start else []
         after = [call(graph, node, aten.slice.Tensor, base, dim, end, _LAST)] if end else []
         made = call(graph, node, aten.cat.default, [*before, new, *after], dim)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _is_everything(given: dict[str, Any], value: Any, new: Any) -> bool:
@@ -153,7 +148,7 @@ def _interleave(graph: fx.Graph, node: fx.Node, dim: int, size: int, step: int) 
     with graph.inserting_before(node):
         turns = call(graph, node, aten.stack.default, [pieces[k] for k in range(step)], dim + 1)
         made = call(graph, node, aten.flatten.using_ints, turns, dim, dim + 1)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _strided(graph: fx.Graph, node: fx.Node) -> None:
@@ -185,7 +180,7 @@ def _strided(graph: fx.Graph, node: fx.Node) -> None:
         for _ in range(value.dim() - 1 - dim):
             written = call(graph, node, aten.unsqueeze.default, written, -1)
         made = call(graph, node, aten.where.self, written, spread, base)
-    _replace(graph, node, made)
+    replace(node, made)
 
 
 def _bound(place: Any, default: int, size: int) -> int | None:
