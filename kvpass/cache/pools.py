@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 import sys
@@ -115,10 +114,11 @@ class Pool:
         # Python's default is a shared mapping, and the memory of a shared mapping is not given back by MADV_DONTNEED.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_LINUX_NORESERVE if sys.platform == "linux" else 0)
         memory = mmap.mmap(-1, size, flags=flags)
-        self._advise(memory, size)
-        return torch.frombuffer(memory, dtype=torch.uint8), memory
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+        self._advise(memory, flat.data_ptr(), size)
+        return flat, memory
 
-    def _advise(self, memory: mmap.mmap, size: int) -> None:
+    def _advise(self, memory: mmap.mmap, base: int, size: int) -> None:
         """Ask for huge pages: rows in random order miss the TLB, and a read of long contexts gains 3 to 9 %.
 
         A huge page is provided whole. So the first rows of each head are left out, and what is provided in vain is at
@@ -127,7 +127,6 @@ class Pool:
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return
         each = size // self.parts
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for part in range(self.parts):
             start = -(-(base + part * each + _SMALL) // _HUGE) * _HUGE - base
             stop = (base + (part + 1) * each) // _HUGE * _HUGE - base

@@ -114,7 +114,6 @@ def kvpass(
     if mode not in (None, "default"):
         raise errors.OptionError(f"kvpass has no mode {mode!r}; leave it out")
     captured: Captured | None = None
-    cache = chosen.cache if chosen.cache is not None else default_cache()
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
@@ -124,6 +123,7 @@ def kvpass(
             if isinstance(incremental, errors.Refusal):
                 raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
+            cache = chosen.cache if chosen.cache is not None else default_cache()
             rebuild = partial(_rebuild, autotune=chosen.autotune)
             program = Program(captured, incremental, plain.forward, cache, rebuild, chosen.tiers, chosen.verify)
     except errors.Refusal as refusal:

@@ -183,9 +183,7 @@ def _seen(leaf: Any, places: dict[int, int]) -> Any:
 
 
 def _seen_number(value: Any) -> Any:
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
-    return repr(value) if isinstance(value, float) else value
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
 def _value(target: Any, args: Any, kwargs: Any) -> Any:
