@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kvpass
 from kvpass.frontend.api import recording
+from kvpass.runtime import steps
 from kvpass.runtime.keys import Keys
 from tests.coverage import MODELS, VOCAB, Decoder, build
 from tests.coverage.masks import Prefix
@@ -58,7 +59,8 @@ def answers(model: Decoder, compile_model: Compile = compiled) -> tuple[list[int
 
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
+def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "FEW", 64)
     model = build(kind)
     work, report = answers(model)
     if kind.refused:
@@ -75,6 +77,19 @@ def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
     assert [lowering[:3] for lowering in lowerings] == ["C++"] * kernels * report.graphs, str(report)
     if kind.bytes_per_row is not None:
         assert report.bytes_per_row == kind.bytes_per_row * report.graphs
+
+
+PROMPTS = [
+    pytest.param(kind, marks=() if k % 9 == 0 else pytest.mark.soak, id=kind.__name__)
+    for k, kind in enumerate(kind for kind in MODELS if not kind.refused)
+]
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_are_compiled(kind: type[Decoder], caplog: pytest.LogCaptureFixture) -> None:
+    """The same histories, in which two calls of three bring more rows than products of few rows are made for."""
+    answers(build(kind), lambda model, cache: kvpass.compile(model, cache=cache, tiers="compiled", verify=False))
+    assert not [line for line in caplog.messages if "could not be compiled" in line]
 
 
 def test_a_model_that_is_not_what_was_compiled_is_noticed() -> None:

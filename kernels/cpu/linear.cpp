@@ -32,6 +32,7 @@ constexpr int W = 16;
 constexpr int W = 8;
 #endif
 constexpr int LINE = 64 / W;  // vectors of bytes in a line of the cache
+constexpr int MOST_ROWS = W == 16 ? 8 : 4;  // that are multiplied at once
 constexpr int AHEAD = 4096;  // bytes: a core that multiplies does not read ahead by itself
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -234,6 +235,19 @@ inline void rows_of(const float* x, int64_t width, const Matrix& m, int64_t from
     dots<R>(x, width, m, from, to);
 }
 
+// The rows as they are, or as floats one behind the other.
+inline const float* as_floats(const float* x, int64_t x_row, int64_t rows, int64_t width, float* scratch) {
+  if (x_row == width) return x;
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(scratch + r * width, x + r * x_row, width * sizeof *x);
+  return scratch;
+}
+template <class T>
+inline const float* as_floats(const T* x, int64_t x_row, int64_t rows, int64_t width, float* scratch) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < width; ++k) scratch[r * width + k] = to_float(x[r * x_row + k]);
+  return scratch;
+}
+
 }  // namespace
 
 extern "C" {
@@ -242,8 +256,7 @@ extern "C" {
 // Each thread takes an equal share of all outputs, so that each reads an equal share of the bytes.
 __attribute__((visibility("default"))) void kvpass_linear(
     const Element* x, int64_t x_row, int64_t rows, int64_t width, const Matrix* matrices, int64_t count, int64_t threads, float* scratch) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < width; ++k) scratch[r * width + k] = to_float(x[r * x_row + k]);
+  const float* floats = as_floats(x, x_row, rows, width, scratch);
   int64_t all = 0;
   for (int64_t k = 0; k < count; ++k) all += matrices[k].features;
   // Below some 64 KiB of weights a second thread costs more than it gives.
@@ -258,14 +271,20 @@ __attribute__((visibility("default"))) void kvpass_linear(
       Matrix m = matrices[k];
       const int64_t from = begin > first ? begin - first : 0, to = end - first < m.features ? end - first : m.features;
       if (from >= to) continue;
-      const float* row = scratch;
-      int64_t rest = rows;
-      const auto next = [&](int64_t by) { rest -= by, row += by * width, m.out += by * m.out_row; };
-      if (W == 16)
-        for (; rest >= 8; next(8)) rows_of<8>(row, width, m, from, to);
-      for (; rest >= 4; next(4)) rows_of<4>(row, width, m, from, to);
-      if (rest >= 2) rows_of<2>(row, width, m, from, to), next(2);
-      if (rest >= 1) rows_of<1>(row, width, m, from, to);
+      // What a core has read of a matrix it multiplies with all rows before it reads on.
+      const int64_t chunk = rows > MOST_ROWS ? 64 : to - from;
+      for (int64_t o = from; o < to; o += chunk) {
+        const int64_t last = o + chunk < to ? o + chunk : to;
+        const float* row = floats;
+        int64_t rest = rows;
+        m.out = matrices[k].out;
+        const auto next = [&](int64_t by) { rest -= by, row += by * width, m.out += by * m.out_row; };
+        if (W == 16)
+          for (; rest >= 8; next(8)) rows_of<8>(row, width, m, o, last);
+        for (; rest >= 4; next(4)) rows_of<4>(row, width, m, o, last);
+        if (rest >= 2) rows_of<2>(row, width, m, o, last), next(2);
+        if (rest >= 1) rows_of<1>(row, width, m, o, last);
+      }
     }
   }
 }

@@ -1,7 +1,9 @@
 // A decode step as one call: small loops, products and attentions of one graph, run in order.
 //
 // An instruction is a function and the places of its operands in `base`; sizes that change from call to call stand in `s`.
-// What multiplies many rows or reads many keys has threads of its own; a loop over the entries of a few rows has none.
+// What multiplies many rows or reads many keys has threads of its own; a loop over the entries of a few rows has none. Where
+// there are many rows, instructions that treat each row for itself follow each other block by block: what one leaves, the
+// next finds in the cache of its core, and blocks are shared out to threads.
 
 #include <cstdint>
 #include <cstring>
@@ -149,22 +151,43 @@ struct Call {
 
 constexpr int NO_MEMORY = 1, OUT_OF_RANGE = 2;
 
-typedef int (*Function)(void* const* base, const int32_t* a, const int64_t* s);
+constexpr int64_t ROWS = 0;    //= rows
+constexpr int64_t BLOCK = 16;  // rows
+
+typedef int (*Function)(void* const* base, const int32_t* a, const int64_t* s, int64_t first, int64_t last);
 
 //: begin functions
 constexpr Function FUNCTIONS[] = {nullptr};
 //: end functions
 
 struct Instruction {
-  int32_t function, operands;
+  int32_t function, operands, together;  // how many, from this one on, go through the rows block by block
 };
+
+int by_blocks(const Instruction* tape, const int32_t* operands, void* const* base, const int64_t* s) {
+  const int64_t rows = s[ROWS], threads = s[0], share = (rows + threads - 1) / threads;
+  const int64_t block = share < BLOCK ? share : BLOCK, blocks = (rows + block - 1) / block;
+  int failed = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : failed) if (threads > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * block, last = first + block < rows ? first + block : rows;
+    for (int64_t at = 0; at < tape->together && !failed; ++at)
+      failed = FUNCTIONS[tape[at].function](base, operands + tape[at].operands, s, first, last);
+  }
+  return failed;
+}
 
 }  // namespace
 
 // The instructions `from .. to - 1`. Stops at the first that fails, and says how.
 extern "C" __attribute__((visibility("default"))) int kvpass_tape(
     const Instruction* tape, int64_t from, int64_t to, const int32_t* operands, void* const* base, const int64_t* s) {
-  for (int64_t at = from; at < to; ++at)
-    if (const int failed = FUNCTIONS[tape[at].function](base, operands + tape[at].operands, s)) return failed;
+  for (int64_t at = from; at < to;) {
+    const Instruction& next = tape[at];
+    const int failed = next.together ? by_blocks(&next, operands, base, s)
+                                     : FUNCTIONS[next.function](base, operands + next.operands, s, 0, 0);
+    if (failed) return failed;
+    at += next.together ? next.together : 1;
+  }
   return 0;
 }

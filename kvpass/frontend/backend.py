@@ -23,6 +23,7 @@ from kvpass.analysis.facts import Kind
 from kvpass.analysis.sweep import Analyzed, source_of
 from kvpass.cache import Cache
 from kvpass.frontend.capture import captures
+from kvpass.frontend.higher_order import inlined
 from kvpass.frontend.pipeline import incrementalise
 from kvpass.frontend.verify import PlainFailed, verify
 from kvpass.frontend.wrapped import unwrapped
@@ -117,7 +118,9 @@ def kvpass(
     try:
         with _defects_named():
             _refuse_unsuitable(gm, example_inputs)
-            plain, unwrap = unwrapped(gm, example_inputs)
+            whole = inlined(gm)
+            _refuse_autocast(whole, {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)})
+            plain, unwrap = unwrapped(whole, example_inputs)
             inputs = unwrap(example_inputs)
             captured, incremental = _proven(plain, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
@@ -229,11 +232,11 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         raise errors.GraphBreak(detail="Dynamo runs the model in Python and compiles parts of it", source=place)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         raise errors.NeedsGradients()
-    _refuse_autocast(gm, {x.device.type for x in inputs if isinstance(x, torch.Tensor)} & {"cpu", "cuda"})
 
 
 def _refuse_autocast(gm: fx.GraphModule, devices: set[str]) -> None:
     """What autocast does is done below the ops of the graph: rows would be kept under the name of another precision."""
+    devices &= {"cpu", "cuda"}
     if any(map(torch.is_autocast_enabled, devices)):
         raise errors.Autocast(detail="the model is called under autocast")
     for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):

@@ -169,9 +169,10 @@ def _known(node: fx.Node) -> bool:
 
 
 def _several(node: fx.Node) -> bool:
+    """A tuple of tensors and numbers, or a number that is known."""
     value = value_of(node)
-    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
-    return isinstance(value, (tuple, list)) and all(isinstance(x, kinds) for x in pytree.tree_leaves(value))
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+    return isinstance(value, (tuple, list, int, float)) and all(isinstance(x, kinds) for x in pytree.tree_leaves(value))
 
 
 def _results(graph: fx.Graph) -> list[Any]:
@@ -200,6 +201,8 @@ def type_of(value: Any) -> tuple[Any, ...]:
         return type(value), value.node.expr
     if isinstance(value, (tuple, list)):
         return type(value), *map(type_of, value)
+    if isinstance(value, (int, float)):
+        return type(value), repr(value)
     return type(value), id(value)
 
 

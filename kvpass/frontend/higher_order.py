@@ -1,4 +1,5 @@
-"""Higher-order ops that Dynamo leaves whole: `flex_attention` is products, a softmax and two functions.
+"""Higher-order ops that Dynamo leaves whole: parts of a model that are compiled or recomputed as one are their ops, and
+`flex_attention` is products, a softmax and two functions.
 
 PyTorch maps the score and the mask function over all pairs with `vmap`. They are scalar functions, so the same comes of
 calling them once, on indices that broadcast; that they are is looked at op by op. A block mask says which blocks a
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +26,50 @@ aten = torch.ops.aten
 _FLEX = torch.ops.higher_order.flex_attention
 _COPIES = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
 _INDICES = 4  # batch, head, query and key
+
+
+_BODIES = (torch.ops.higher_order.invoke_subgraph, torch.ops.higher_order.tag_activation_checkpoint)
+
+
+def inlined(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with the ops of `torch.compiler.nested_compile_region` and of `torch.utils.checkpoint` in place of
+    calls of them; itself where there is none.
+    """
+    if not any(node.target in _BODIES for node in gm.graph.nodes):
+        return gm
+    graph = fx.Graph()
+    made: dict[fx.Node, Any] = {}
+    _copy(graph, gm, made, "")
+    for node in list(graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph.erase_node(node)
+    result = fx.GraphModule(gm, graph)
+    result.meta = gm.meta
+    return result
+
+
+def _copy(graph: fx.Graph, module: fx.GraphModule, made: dict[fx.Node, Any], path: str) -> Any:
+    """Add the nodes of a module to a graph, and say what it returns; ``made`` knows the placeholders of a body."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            returned = fx.map_arg(node.args[0], made.__getitem__)
+            return graph.output(returned) if not path else returned
+        if node in made:
+            continue
+        if node.target in _BODIES:
+            name = str(node.args[0].target)
+            body = attrgetter(name)(module)
+            operands = node.args[2:] if node.target is _BODIES[0] else node.args[1:]
+            places = body.graph.find_nodes(op="placeholder")
+            given = (made[x] if isinstance(x, fx.Node) else x for x in operands)
+            made[node] = _copy(graph, body, dict(zip(places, given, strict=True)), f"{path}{name}.")
+        elif node.target is operator.getitem and not isinstance(of := made.get(node.args[0]), fx.Node | None):
+            made[node] = of[node.args[1]]
+        else:
+            made[node] = copy = graph.node_copy(node, made.__getitem__)
+            if node.op in ("get_attr", "call_module"):
+                copy.target = path + str(node.target)
+    raise AssertionError("a graph without an output")
 
 
 def expanded(gm: fx.GraphModule) -> fx.GraphModule:

@@ -38,20 +38,26 @@ P, N = (sympy.Symbol(name, integer=True, positive=True) for name in ("start", "n
 
 @dataclass(frozen=True)
 class Regime:
-    """What one tape is made for: one new row or several, one sequence or several, contexts of certain sizes.
+    """What one tape is made for: one new row or several or many, one sequence or several, contexts of certain sizes.
 
     Attributes:
+        many: whether products are PyTorch's.
+        cold: whether nothing is cached.
         small: by place among the arguments, the sizes that are zero or one: broadcasting treats those alike.
         tables: by slot, the first one that has the same table of pages.
     """
 
     one_row: bool
+    many: bool
+    cold: bool
     small: tuple[tuple[int, int], ...]
     tables: tuple[int, ...]
     shapes: tuple[Any, ...]
 
     def __str__(self) -> str:
-        rows = "one new row" if self.one_row else "several new rows"
+        rows = "one new row" if self.one_row else "many new rows" if self.many else "several new rows"
+        if self.cold:
+            rows += " and no other"
         return f"{rows}, {'one sequence' if self.small else 'any batch'}"
 
 
@@ -69,12 +75,12 @@ class Arguments:
         self.symbols = {k: size for size, k in places.items()}  # a size may be given twice
         self.extra = self.first + 2 + 4 * slots
 
-    def regime(self, args: Sequence[Any], new: int) -> Regime:
+    def regime(self, args: Sequence[Any], start: int, new: int, many: bool = False) -> Regime:
         shapes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args[self.extra :])
         small = tuple((k, int(args[k])) for k in self.symbols if args[k] <= 1)
         first: dict[int, int] = {}
         tables = tuple(first.setdefault(id(table), k) for k, table in enumerate(args[self.first + 3 : self.extra : 4]))
-        return Regime(new == 1, small, tables, shapes)
+        return Regime(new == 1, many, many and start == 0, small, tables, shapes)
 
     def _table(self, slot: int) -> int:
         """The place of a slot's table among the arguments; its run stands behind it."""
@@ -82,7 +88,8 @@ class Arguments:
 
     def numbers(self, regime: Regime, args: Sequence[Any], start: int, new: int) -> list[int]:
         """The values of the symbols of a call."""
-        out = [start] if regime.one_row else [start, new]
+        out = [] if regime.cold else [start]
+        out += [] if regime.one_row else [new]
         out += [int(args[k]) for k in self.symbols if args[k] > 1]
         for slot in dict.fromkeys(regime.tables):
             at = self._table(slot)
@@ -97,14 +104,14 @@ class Arguments:
         """
         if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args):
             raise Untraceable("it is not on a CPU")
-        rows = sympy.S.One if regime.one_row else N
-        known: dict[sympy.Symbol, sympy.Expr] = {self.captured.seq: P + rows - self.captured.lead}
+        rows, before = sympy.S.One if regime.one_row else N, sympy.S.Zero if regime.cold else P
+        known: dict[sympy.Symbol, sympy.Expr] = {self.captured.seq: before + rows - self.captured.lead}
         known |= {self.symbols[k]: sympy.Integer(size) for k, size in regime.small}
-        symbols = [P] if regime.one_row else [P, N]
+        symbols = [x for x in (before, rows) if x.is_Symbol]
         symbols += [size for k, size in self.symbols.items() if args[k] > 1]
         batch = sympy.sympify(self.captured.batch).xreplace(known)
         operands = [self._operand(k, known, args) for k in range(self.first)]
-        operands += [Operand(number=P + rows), Operand(number=P)]
+        operands += [Operand(number=before + rows), Operand(number=before)]
         tables: dict[int, list[sympy.Symbol]] = {}
         for k in dict.fromkeys(regime.tables):
             pages, run = sympy.Symbol(f"pages_{k}", integer=True, positive=True), sympy.Symbol(f"run_{k}", integer=True)
@@ -122,7 +129,8 @@ class Arguments:
             if not isinstance(value, torch.Tensor):
                 raise Untraceable("a number that depends on the context")
             operands.append(Operand(sizes=tuple(map(sympy.Integer, value.shape)), dtype=value.dtype))
-        return Tape(module, operands, dict(zip(symbols, self.numbers(regime, args, start, new), strict=True)))
+        hints = dict(zip(symbols, self.numbers(regime, args, start, new), strict=True))
+        return Tape(module, operands, hints, N if regime.many else None)
 
     def _operand(self, k: int, known: Mapping[sympy.Symbol, sympy.Expr], args: Sequence[Any]) -> Operand:
         value = self.values[k]
@@ -157,6 +165,7 @@ class Steps:
         self._lock = threading.Lock()
         self._made: dict[Regime, list[_Made]] = {}
         self._pending: dict[Regime, Future[None]] = {}
+        self._met: set[Regime] = set()
         self._said: set[str] = set()
 
     def run(self, args: Sequence[Any], start: int, rows: int, batch: int, weights: object) -> tuple[Any, ...] | None:
@@ -168,11 +177,17 @@ class Steps:
         new = rows - start
         if self.tiers == "eager" or rows < _LEAST_CACHED:
             return None
-        if new * batch > FEW or start < _LEAST_CACHED:
-            if batch <= FEW and not self._made.get(regime := self.arguments.regime(args, 1)):
-                self._want(regime, args, rows, 1)  # one row is what comes next
+        many = new * batch > FEW
+        if (many or start < _LEAST_CACHED) and batch <= FEW:
+            one = self.arguments.regime(args, start, 1)
+            if not self._made.get(one):
+                self._want(one, args, rows, 1)  # one row is what comes next
+        if start < _LEAST_CACHED and not many:
             return None
-        regime = self.arguments.regime(args, new)
+        regime = self.arguments.regime(args, start, new, many)
+        if many and self.tiers == "auto" and regime not in self._met:
+            self._met.add(regime)  # a program that reads one prompt has no use for a tape
+            return None
         numbers = self.arguments.numbers(regime, args, start, new)
         if not self._made.get(regime):
             self._want(regime, args, start, new)
@@ -218,6 +233,7 @@ class Steps:
             held = self._made.get(regime, [])
             if regime in self._pending or len(held) >= _MOST_MADE or any(m.tape is None for m in held):
                 return
+            start = max(start, _LEAST_CACHED)
             future = self._pending[regime] = _WORKER.submit(self._prepare, regime, list(args), start, new)
         if self.tiers == "compiled":
             future.result()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +14,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kvpass.ir import Layout, by_name
-from kvpass.lowering import build, cpp, cpu, ops
-from kvpass.lowering.specialise import specialise
-from kvpass.lowering.tape.rules import RULES, Writing
+from kvpass.lowering import cpu, ops
+from kvpass.lowering.tape import products
+from kvpass.lowering.tape.rules import RULES, Access, Writing
 from kvpass.lowering.tape.trace import Operand, Traced, Untraceable, expr_of, is_tensor, memory
 from kvpass.lowering.tape.words import TYPES, NoWords, Value, Words
 
 aten = torch.ops.aten
-PRODUCTS = cpp.SOURCE.with_name("linear.cpp")
 _THREADS = 0  # the place of the number of threads among the numbers of a call
 _PRODUCT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,11 +48,18 @@ class Buffer:
 
 @dataclass
 class Instruction:
-    """A function of the tape's, with buffers and places of numbers."""
+    """A function of the tape's, with buffers and places of numbers.
+
+    Attributes:
+        by_rows: whether it can go through some of the rows at a time.
+        across: the buffers of which it reads other rows as well.
+    """
 
     text: str
     buffers: list[int]
     numbers: list[int] = field(default_factory=list)
+    by_rows: bool = False
+    across: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -81,11 +85,23 @@ class Product:
 
 
 class Planner:
-    """From a graph to instructions."""
+    """From a graph to instructions.
 
-    def __init__(self, module: fx.GraphModule, traced: Traced, operands: Sequence[Operand]) -> None:
+    Args:
+        rows: the number of new rows, where they are many: products are PyTorch's then, and what treats each row for
+            itself is made so that it can go through some rows at a time.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        traced: Traced,
+        operands: Sequence[Operand],
+        rows: sympy.Symbol | None = None,
+    ) -> None:
         self.symbols = list(traced.symbols.values())
-        self.words = Words({symbol: k + 1 for k, symbol in enumerate(self.symbols)})
+        places = {symbol: k + 1 for k, symbol in enumerate(self.symbols)}
+        self.words, self.many = Words(places), None if rows is None else Words(places, traced.symbols[rows])
         self.buffers: list[Buffer] = []
         self.steps: list[Instruction | Host | Product] = []
         self.values: dict[fx.Node, Any] = {}
@@ -239,7 +255,8 @@ class Planner:
         if not is_tensor(fake) or not hasattr(target, "_schema"):
             raise NoWords("several results")
         given = by_name(target, args, kwargs)
-        found = self._product(target, given, fake) or self._widens(target, given, fake)
+        product = self._product if self.many is None else self._many
+        found = product(target, given, fake) or self._widens(target, given, fake)
         if found is not None:
             return found
         self._read(given)
@@ -253,21 +270,61 @@ class Planner:
     def _emit(self, made: Callable[[Writing], str], given: Mapping[str, Any], out: Value) -> None:
         if out.dtype not in TYPES:
             raise NoWords(f"{out.dtype}")
+        if self.many is not None:
+            writing = Writing(self.many, dict(given), out)
+            text = _text(writing, made(writing))
+            if writing.by_rows and writing.stored and all(map(self._in_its_row, writing.stored)):
+                own = {v.buffer for v in writing.operands} & {access.value.buffer for access in writing.read}
+                own -= {access.value.buffer for access in writing.read if not self._in_its_row(access)}
+                across = frozenset(v.buffer for v in writing.operands) - own
+                self.steps.append(Instruction(text, _buffers(writing), by_rows=True, across=across))
+                return
+            if out.count.has(self.many.rows):
+                raise NoWords("many rows that are not treated each for itself")
         writing = Writing(self.words, dict(given), out)
-        body = made(writing)
-        lines = [
-            f"const {TYPES[x.dtype]}* p{k} = static_cast<const {TYPES[x.dtype]}*>(base[a[{k}]]);"
-            for k, x in enumerate(writing.operands)
+        text = _text(writing, made(writing))
+        self.steps.append(Instruction(text, _buffers(writing)))
+
+    def _in_its_row(self, access: Access) -> bool:
+        """Whether an entry is of that row of a buffer: between where the row begins and where the next one does."""
+        value, made, words = access.value, self.buffers[access.value.buffer].made, self.many
+        if words is None or made is None or made.dtype is not value.dtype:
+            return False
+        axis = words.row(made.sizes)
+        if axis is None or not (step := made.strides[axis]).is_Integer:
+            return False
+        outside = {
+            (size, stride)
+            for k, (size, stride) in enumerate(zip(made.sizes, made.strides, strict=True))
+            if k != axis and size != 1 and not (stride.is_Integer and stride < step)
+        }
+        walked, end = sympy.S.Zero, value.offset
+        for size, stride, at in zip(value.sizes, value.strides, access.index, strict=True):
+            if at == access.row:
+                walked += stride
+            elif (size, stride) not in outside:
+                end += (size - 1) * stride
+        return bool(walked == step and value.offset.is_Integer and end.is_Integer and value.offset >= 0 and end < step)
+
+    def rows_at(self, made: Value) -> Any:
+        """The same for two values of which each row stands at the same bytes."""
+        axis = None if self.many is None else self.many.row(made.sizes)
+        if axis is None:
+            return made
+        item, step = made.dtype.itemsize, made.strides[axis]
+        outside = [
+            (size, sympy.expand(stride * item))
+            for k, (size, stride) in enumerate(zip(made.sizes, made.strides, strict=True))
+            if k != axis and size != 1 and not (stride.is_Integer and step.is_Integer and stride < step)
         ]
-        last = len(writing.operands)
-        lines.append(f"{TYPES[out.dtype]}* __restrict out = static_cast<{TYPES[out.dtype]}*>(base[a[{last}]]);")
-        text = "".join(f"  {line}\n" for line in (*lines, body))
-        self.steps.append(Instruction(text, [x.buffer for x in writing.operands] + [out.buffer]))
+        return (step * item, *sorted(outside, key=str))
 
     def _append(self, pool: Value, rows: Value, place: Value, before: int) -> None:
         head, tail = rows.sizes[:before], rows.sizes[before + 1 :]
         to = Value(pool.buffer, pool.dtype, (*head, *tail), (*pool.strides[:before], *pool.strides[before + 2 :]))
-        words, step = self.words, pool.strides[before + 1]
+        words, step = self.many or self.words, pool.strides[before + 1]
+        if words.row(rows.sizes) != before:
+            words = self.words
         if rows.dtype != pool.dtype or pool.dtype not in TYPES:
             raise Untraceable("rows of another type than their pool")
 
@@ -283,18 +340,18 @@ class Planner:
             f"  {kind}* __restrict out = static_cast<{kind}*>(base[a[2]]);\n"
             f"  {words.loops(rows.sizes, body)}\n"
         )
-        self.steps.append(Instruction(text, [rows.buffer, place.buffer, pool.buffer]))
+        index = tuple(f"i{k}" for k in range(len(rows.sizes)))
+        own = words is self.many and self._in_its_row(Access(rows, index, index[before]))
+        across = frozenset() if own else frozenset([rows.buffer])
+        buffers = [rows.buffer, place.buffer, pool.buffer]
+        self.steps.append(Instruction(text, buffers, by_rows=words is self.many, across=across))
 
     def _product(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
         """A product with a matrix, where it is one."""
-        if target is aten.linear.default:
-            x, weight, bias, turned = given["input"], given["weight"], given.get("bias"), True
-        elif target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
-            x, weight, bias, turned = given["mat1"], given["mat2"], given["self"], False
-        elif target in (aten.mm.default, aten.matmul.default):
-            x, weight, bias, turned = given["self"], given.get("mat2", given.get("other")), None, False
-        else:
+        found = _operands(target, given)
+        if found is None:
             return None
+        x, weight, bias, turned = found
         if len(weight.sizes) != 2 or not x.sizes or fake.dtype not in _PRODUCT_TYPES:
             return None
         if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
@@ -329,11 +386,38 @@ class Planner:
         group.matrices.append((weight, bias, out, crossed))
         return out
 
+    def _many(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
+        """A product of many rows with a matrix, into memory of the tape's."""
+        found = _operands(target, given)
+        if found is None:
+            return None
+        x, weight, bias, turned = found
+        if len(weight.sizes) != 2 or len(x.sizes) < 2 or fake.dtype not in _PRODUCT_TYPES:
+            return None
+        if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
+            return None
+        self._read((x, bias))
+        weight = self._stored(weight)
+        if self.buffers[weight.buffer].tensor is None:
+            return None
+        x, out = self._dense(x), self._made(fake)
+        if not out.dense:
+            raise NoWords("a result with holes")
+        flat = [
+            Value(v.buffer, v.dtype, (sympy.Mul(*v.sizes[:-1]), v.sizes[-1]), (v.sizes[-1], sympy.S.One))
+            for v in (x, out)
+        ]
+        if turned:
+            weight = Value(weight.buffer, weight.dtype, weight.sizes[::-1], weight.strides[::-1], weight.offset)
+        args = (flat[0], weight, bias, flat[1])
+        self.steps.append(Host(products.multiply, args, {}, (), [v.buffer for v in args if v is not None]))
+        return out
+
     def product(self, group: Product) -> Instruction:
         """The instruction of matrices that multiply the same rows."""
         w, places, matrices = self.words, _Places(self.words), []
         x, width = places.of(group.x), w.size(group.x.sizes[-1])
-        kernel = self._function(_products(group.x.dtype, group.kind))
+        kernel = self._function(products.kernel(group.x.dtype, group.kind))
         scratch, function = places.buffer(group.scratch), places.buffer(kernel)
         for weight, bias, out, crossed in group.matrices:
             features = w.size(out.sizes[-1])
@@ -426,9 +510,27 @@ def is_value(x: Any) -> bool:
     return isinstance(x, Value)
 
 
-@functools.cache
-def _products(dtype: torch.dtype, weight: torch.dtype) -> int:
-    """The address of the kernel of products; the library stays loaded."""
-    facts = {"general": False, "element": TYPES[dtype], "weight": TYPES[weight]}
-    library = build.load(specialise(PRODUCTS.read_text(), facts, "//"))
-    return ctypes.cast(library.kvpass_linear, ctypes.c_void_p).value or 0
+def _operands(target: Any, given: Mapping[str, Any]) -> tuple[Value, Value, Value | None, bool] | None:
+    """Rows, matrix, bias, and whether the matrix stands with its outputs first; None of what is no such product."""
+    if target is aten.linear.default:
+        return given["input"], given["weight"], given.get("bias"), True
+    if target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
+        return given["mat1"], given["mat2"], given["self"], False
+    if target in (aten.mm.default, aten.matmul.default):
+        return given["self"], given.get("mat2", given.get("other")), None, False
+    return None
+
+
+def _text(writing: Writing, body: str) -> str:
+    """A function's text: its operands by name, then what a rule says."""
+    out, last = TYPES[writing.out.dtype], len(writing.operands)
+    lines = [
+        f"const {TYPES[x.dtype]}* p{k} = static_cast<const {TYPES[x.dtype]}*>(base[a[{k}]]);"
+        for k, x in enumerate(writing.operands)
+    ]
+    lines.append(f"{out}* __restrict out = static_cast<{out}*>(base[a[{last}]]);")
+    return "".join(f"  {line}\n" for line in (*lines, body))
+
+
+def _buffers(writing: Writing) -> list[int]:
+    return [*(x.buffer for x in writing.operands), writing.out.buffer]

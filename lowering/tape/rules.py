@@ -14,10 +14,19 @@ from typing import Any
 import sympy
 import torch
 
-from kvpass.lowering.tape.words import TYPES, NoWords, Value, Words, merged
+from kvpass.lowering.tape.words import TYPES, NoWords, Value, Words
 
 aten = torch.ops.aten
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Access:
+    """An entry of a value, in a loop over rows."""
+
+    value: Value
+    index: tuple[str, ...]
+    row: str
 
 
 @dataclass
@@ -28,12 +37,18 @@ class Writing:
         given: its arguments by name; tensors as `Value`, numbers that change from call to call as sympy.
         out: where its result belongs.
         operands: the values that it reads, in the order of ``p0``, ``p1``, ..
+        by_rows: whether every loop goes through the rows.
+        read, stored: what of which value, by index, and the index of the row.
     """
 
     words: Words
     given: dict[str, Any]
     out: Value
     operands: list[Value] = field(default_factory=list)
+    by_rows: bool = True
+    read: list[Access] = field(default_factory=list)
+    stored: list[Access] = field(default_factory=list)
+    _row: str = ""
 
     def __getitem__(self, name: str) -> Any:
         return self.given[name]
@@ -54,16 +69,27 @@ class Writing:
         return f"p{len(self.operands) - 1}"
 
     def load(self, value: Value, index: Sequence[str]) -> str:
+        self.read.append(Access(value, tuple(index), self._row))
         return f"ld({self.pointer(value)}[{self.words.at(value, index)}])"
 
     def store(self, index: Sequence[str], what: str, out: Value | None = None) -> str:
+        self.stored.append(Access(out or self.out, tuple(index), self._row))
         return f"st(out[{self.words.at(out or self.out, index)}], {what});"
 
     def size(self, expr: Any) -> str:
         return self.words.size(expr)
 
     def loops(self, shape: Sequence[Any], body: Callable[[list[str]], str], first: str = "i") -> str:
-        return self.words.loops(shape, body, first)
+        if first != "i":
+            return self.words.loops(shape, body, first)
+        row = self.words.row(shape)
+        self.by_rows &= row is not None
+
+        def of_row(index: list[str]) -> str:
+            self._row = "" if row is None else index[row]
+            return body(index)
+
+        return self.words.loops(shape, of_row)
 
 
 Rule = Callable[[Writing], str]
@@ -112,7 +138,7 @@ def _refuse(what: str) -> str:
 def pointwise(w: Writing, values: Sequence[Any], formula: Callable[..., str], compute: str) -> str:
     """``out = formula(values)``, broadcast; operands are turned into the type ``compute`` first."""
     tensors = [w.tensor(v).across(w.out.sizes) for v in values if isinstance(v, Value)]
-    out, *tensors = merged([w.out, *tensors])
+    out, *tensors = w.words.merged([w.out, *tensors])
 
     def body(index: list[str]) -> str:
         mine = iter(tensors)
@@ -407,7 +433,7 @@ def _chosen(w: Writing, condition: Any, yes: Any, no: Any) -> str:
 
 
 def _fill(w: Writing, what: Any) -> str:
-    (out,) = merged([w.out])
+    (out,) = w.words.merged([w.out])
     text = _number(w, what)
     return w.loops(out.sizes, lambda index: w.store(index, f"{computed(w.out.dtype)}({text})", out))
 
@@ -463,7 +489,8 @@ def _reshape(w: Writing) -> str:
 
 def _copied(w: Writing, piece: Value, strides: Sequence[Any], offset: Any) -> str:
     """A piece of the result, which begins at ``offset`` there."""
-    to, of = merged([Value(w.out.buffer, w.out.dtype, piece.sizes, tuple(strides), w.out.offset + offset), piece])
+    whole = Value(w.out.buffer, w.out.dtype, piece.sizes, tuple(strides), w.out.offset + offset)
+    to, of = w.words.merged([whole, piece])
     return w.loops(to.sizes, lambda index: w.store(index, w.load(of, index), to))
 
 

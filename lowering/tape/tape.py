@@ -22,6 +22,7 @@ from kvpass.lowering.tape.trace import Operand, Traced, trace
 from kvpass.lowering.tape.words import CALLS, Value
 
 SOURCE = cpp.SOURCE.with_name("tape.cpp")
+_MOST_KEPT = 1 << 28  # bytes between calls
 
 
 class OutOfRange(IndexError):
@@ -49,6 +50,33 @@ class Unexpected(RuntimeError):
     """An op made another shape or type than it does without contents."""
 
 
+def _runs(steps: Sequence[Instruction | Host]) -> list[list[Instruction | Host]]:
+    """Neighbours that can go through the rows together: none reads another row of what one before it makes."""
+    runs: list[list[Instruction | Host]] = []
+    made: set[int] | None = None
+    for step in steps:
+        if isinstance(step, Host) or not step.by_rows:
+            runs.append([step])
+            made = None
+            continue
+        if made is None or step.across & made:
+            runs.append([])
+            made = set()
+        runs[-1].append(step)
+        made.add(step.buffers[-1])
+    return runs
+
+
+def _seen_as(what: Value, tensor: Tensor, shape: list[int], strides: list[int], offset: int) -> Tensor:
+    """A value in the memory of a tensor."""
+    if tensor.dtype != what.dtype:  # complex numbers that are read as real ones, or the other way round
+        first = tensor.storage_offset() * tensor.element_size() // what.dtype.itemsize + offset
+        return torch.empty(0, dtype=what.dtype).set_(tensor.untyped_storage(), first, shape, strides)
+    if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
+        return tensor
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
 def _alike(a: Any, b: Any) -> bool:
     """True where one tensor can take the place of the other."""
     return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
@@ -61,80 +89,112 @@ class Tape:
         module: the incremental graph.
         operands: what its arguments are, in order.
         hints: a value of each symbol, in the order in which a call gives their values.
+        rows: the symbol of the new rows, where they are many.
 
     Raises:
         Untraceable: an op needs to know contents before it runs.
         NoCompiler: nothing can be compiled here.
     """
 
-    def __init__(self, module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sympy.Symbol, int]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        operands: Sequence[Operand],
+        hints: Mapping[sympy.Symbol, int],
+        rows: sympy.Symbol | None = None,
+    ) -> None:
         traced = trace(module, operands, hints)
-        plan = Planner(module, traced, operands)
+        plan = Planner(module, traced, operands, rows)
+        self._rows = None if plan.many is None else plan.many.places[traced.symbols[rows]]
         self.lock = threading.Lock()
         self.buffers, self.outputs = plan.buffers, plan.outputs
         steps = [plan.product(step) if isinstance(step, Product) else step for step in plan.steps]
         self.hosts = [step for step in steps if isinstance(step, Host)]
-        self._share(steps)
-        self._assemble(steps)
+        runs = _runs(steps)
+        self._share(runs, plan)
+        self._assemble(runs)
         self._prepare(plan.symbols, traced)
 
-    def _share(self, steps: Sequence[Instruction | Host]) -> None:
-        """Buffers that are never needed at the same time, and have one size, share memory."""
-        last: dict[int, int] = {}
-        for k, step in enumerate(steps):
-            last.update(dict.fromkeys(step.buffers, k))
-        self.slots: list[sympy.Expr] = []
-        free: dict[sympy.Expr, list[int]] = {}
-        seen: set[int] = set()
-        for k, step in enumerate(steps):
-            mine = dict.fromkeys(step.buffers)
-            for b in mine:
-                buffer = self.buffers[b]
-                if b in seen or buffer.made is None or buffer.host or buffer.kept:
-                    continue
-                seen.add(b)
-                size = sympy.expand(buffer.made.count * buffer.made.dtype.itemsize)
-                if not free.get(size):
-                    self.slots.append(size)
-                    free.setdefault(size, []).append(len(self.slots) - 1)
-                buffer.slot = free[size].pop()
-            for b in mine:
-                if last[b] == k and (slot := self.buffers[b].slot) is not None:
-                    free[self.slots[slot]].append(slot)
+    def _share(self, runs: Sequence[Sequence[Instruction | Host]], plan: Planner) -> None:
+        """Buffers that are never needed at the same time, and have one size, share memory.
 
-    def _assemble(self, steps: Sequence[Instruction | Host]) -> None:
+        What goes through the rows block by block is all needed at the same time, but for buffers whose rows stand at
+        the same places.
+        """
+        last: dict[int, tuple[int, int]] = {}
+        for r, run in enumerate(runs):
+            for k, step in enumerate(run):
+                last.update(dict.fromkeys(step.buffers, (r, k)))
+        self.slots: list[sympy.Expr] = []
+        free: dict[Any, list[int]] = {}
+        seen: set[int] = set()
+        for r, run in enumerate(runs):
+            here: dict[Any, list[int]] = {}
+            mine: set[int] = set()
+            ended: list[int] = []
+            for k, step in enumerate(run):
+                for b in dict.fromkeys(step.buffers):
+                    buffer = self.buffers[b]
+                    if b in seen or buffer.made is None or buffer.host or buffer.kept:
+                        continue
+                    seen.add(b)
+                    mine.add(b)
+                    size = sympy.expand(buffer.made.count * buffer.made.dtype.itemsize)
+                    places = here.get(plan.rows_at(buffer.made)) or free.get(size)
+                    if not places:
+                        self.slots.append(size)
+                        places = [len(self.slots) - 1]
+                    buffer.slot = places.pop()
+                for b in dict.fromkeys(step.buffers):
+                    buffer = self.buffers[b]
+                    if last[b] == (r, k) and buffer.slot is not None and buffer.made is not None:
+                        if b in mine:
+                            here.setdefault(plan.rows_at(buffer.made), []).append(buffer.slot)
+                        else:
+                            ended.append(buffer.slot)
+            for slot in (*ended, *(slot for slots in here.values() for slot in slots)):
+                free.setdefault(self.slots[slot], []).append(slot)
+
+    def _assemble(self, runs: Sequence[Sequence[Instruction | Host]]) -> None:
         """One function for equal texts, and a table of what to call."""
         texts: dict[str, int] = {}
-        table: list[tuple[int, int]] = []
+        table: list[tuple[int, int, int]] = []
         operands: list[int] = []
         self.stretches: list[tuple[int, int] | Host] = []
         begin = 0
-        for step in steps:
-            if isinstance(step, Host):
-                if len(table) > begin:
-                    self.stretches.append((begin, len(table)))
-                begin = len(table)
-                self.stretches.append(step)
-                continue
-            table.append((texts.setdefault(step.text, len(texts)), len(operands)))
-            operands += [*step.buffers, *step.numbers]
+        for run in runs:
+            for k, step in enumerate(run):
+                if isinstance(step, Host):
+                    if len(table) > begin:
+                        self.stretches.append((begin, len(table)))
+                    begin = len(table)
+                    self.stretches.append(step)
+                    continue
+                together = len(run) if k == 0 and step.by_rows else 0
+                table.append((texts.setdefault(step.text, len(texts)), len(operands), together))
+                operands += [*step.buffers, *step.numbers]
         if len(table) > begin:
             self.stretches.append((begin, len(table)))
-        head = "int f{0}(void* const* base, const int32_t* a, const int64_t* s) {{\n"
+        head = (
+            "int f{0}(void* const* base, const int32_t* a, const int64_t* s, [[maybe_unused]] int64_t first, "
+            "[[maybe_unused]] int64_t last) {{\n"
+        )
         functions = [head.format(k) + text + "  return 0;\n}\n" for text, k in texts.items()]
         names = ", ".join(f"f{k}" for k in range(len(texts))) or "nullptr"
         functions.append(f"constexpr Function FUNCTIONS[] = {{{names}}};")
-        self.source = specialise(SOURCE.read_text(), {"functions": "\n".join(functions)}, "//")
+        facts = {"functions": "\n".join(functions), "rows": self._rows or 0}
+        self.source = specialise(SOURCE.read_text(), facts, "//")
         self.functions, self.instructions = len(texts), len(table)
         library = build.load(self.source)
         self._run = library.kvpass_tape
         self._run.restype = ctypes.c_int
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3]
-        self._table = np.array(table or [(0, 0)], np.int32)
+        self._table = np.array(table or [(0, 0, 0)], np.int32)
         self._operands = np.array(operands or [0], np.int32)
 
     def _prepare(self, symbols: Sequence[sympy.Symbol], traced: Traced) -> None:
         self._weights: object = None
+        self._known: dict[Value, tuple[list[int], list[int], int]] = {}  # sizes, strides and offsets that stay
         self._base = np.zeros(max(1, len(self.buffers)), np.uint64)
         self._size = _numbers(symbols, self.slots)
         self._memory: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
@@ -235,26 +295,29 @@ class Tape:
             )
             if failed:
                 raise MemoryError("no memory for the scratch of an attention") if failed == 1 else OutOfRange()
-        return tuple(self._shown_as(leaf, tensors, shown) for leaf in self.outputs)
+        outputs = tuple(self._shown_as(leaf, tensors, shown) for leaf in self.outputs)
+        if sum(x.numel() for x in self._memory) > _MOST_KEPT:
+            self._memory = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
+        return outputs
 
     def _shown_as(self, what: Any, tensors: Mapping[int, Tensor], shown: Mapping[Any, Any]) -> Any:
         """A value as a tensor, a number as Python has it."""
         if not isinstance(what, Value):
             return int(shown[what]) if isinstance(what, sympy.Basic) else what
         buffer = self.buffers[what.buffer]
-        shape, strides = [int(shown[x]) for x in what.sizes], [int(shown[x]) for x in what.strides]
-        offset = int(shown[what.offset])
+        known = self._known.get(what)
+        if known is None:
+            shape, strides = [int(shown[x]) for x in what.sizes], [int(shown[x]) for x in what.strides]
+            known = shape, strides, int(shown[what.offset])
+            if not any(x.free_symbols for x in (*what.sizes, *what.strides, what.offset)):
+                self._known[what] = known
+        shape, strides, offset = known
         if buffer.slot is not None:
             flat = self._memory[buffer.slot]
             whole = flat[: flat.numel() // what.dtype.itemsize * what.dtype.itemsize].view(what.dtype)
             return whole.as_strided(shape, strides, offset)
         tensor = buffer.tensor if buffer.tensor is not None else tensors[what.buffer]
-        if tensor.dtype != what.dtype:  # complex numbers that are read as real ones, or the other way round
-            first = tensor.storage_offset() * tensor.element_size() // what.dtype.itemsize + offset
-            return torch.empty(0, dtype=what.dtype).set_(tensor.untyped_storage(), first, shape, strides)
-        if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
-            return tensor
-        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+        return _seen_as(what, tensor, shape, strides, offset)
 
     def _host(self, host: Host, tensors: dict[int, Tensor], shown: Mapping[Any, Any]) -> None:
         def given(x: Any) -> Any:

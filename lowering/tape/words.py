@@ -64,10 +64,15 @@ class Value:
 
 
 class Words:
-    """Sizes in C++, over the numbers of a call."""
+    """Sizes and loops in C++, over the numbers of a call.
 
-    def __init__(self, places: Mapping[sympy.Symbol, int]) -> None:
-        self.places = places
+    Args:
+        places: of the numbers, by symbol.
+        rows: the number of new rows, where a function is made for some of them at a time (``first`` to ``last - 1``).
+    """
+
+    def __init__(self, places: Mapping[sympy.Symbol, int], rows: sympy.Symbol | None = None) -> None:
+        self.places, self.rows = places, rows
 
     def size(self, expr: Any) -> str:
         expr = sympy.sympify(expr)
@@ -99,12 +104,43 @@ class Words:
     def loops(self, shape: Sequence[Expr], body: Callable[[list[str]], str], first: str = "i") -> str:
         """Nested loops around what ``body`` says for an index."""
         index = ["0" if size == 1 else f"{first}{k}" for k, size in enumerate(shape)]
+        row = self.row(shape)
         heads = [
-            f"for (int64_t {i} = 0; {i} < {self.size(size)}; ++{i}) "
-            for i, size in zip(index, shape, strict=True)
+            f"for (int64_t {i} = first; {i} < last; ++{i}) "
+            if k == row and first == "i"
+            else f"for (int64_t {i} = 0; {i} < {self.size(size)}; ++{i}) "
+            for k, (i, size) in enumerate(zip(index, shape, strict=True))
             if i != "0"
         ]
         return "".join(heads) + "{ " + body(index) + " }"
+
+    def row(self, shape: Sequence[Expr]) -> int | None:
+        """The axis of the rows; None where there is none, or more than one."""
+        found = [k for k, size in enumerate(shape) if size == self.rows]
+        return found[0] if len(found) == 1 else None
+
+    def merged(self, values: Sequence[Value]) -> list[Value]:
+        """The same entries over fewer axes: neighbours that all values walk through as one become one."""
+        shape = list(values[0].sizes)
+        strides = [list(v.strides) for v in values]
+        for k in reversed(range(len(shape))):
+            if shape[k] == 1:
+                for own in strides:
+                    del own[k]
+                del shape[k]
+        k = len(shape) - 2
+        while k >= 0:
+            if self.rows not in shape[k : k + 2] and all(
+                sympy.expand(own[k] - own[k + 1] * shape[k + 1]) == 0 for own in strides
+            ):
+                shape[k] = shape[k] * shape[k + 1]
+                del shape[k + 1]
+                for own in strides:
+                    del own[k]
+            k -= 1
+        return [
+            Value(v.buffer, v.dtype, tuple(shape), tuple(own), v.offset) for v, own in zip(values, strides, strict=True)
+        ]
 
 
 # Sizes that neither C++ nor Python says with an operator, and what their functions are called.
@@ -119,25 +155,3 @@ CALLS: Mapping[Any, str] = {
     sizes.Min: "smaller<int64_t>",
     sympy.Min: "smaller<int64_t>",
 }
-
-
-def merged(values: Sequence[Value]) -> list[Value]:
-    """The same entries over fewer axes: neighbours that all values walk through as one become one."""
-    shape = list(values[0].sizes)
-    strides = [list(v.strides) for v in values]
-    for k in reversed(range(len(shape))):
-        if shape[k] == 1:
-            for own in strides:
-                del own[k]
-            del shape[k]
-    k = len(shape) - 2
-    while k >= 0:
-        if all(sympy.expand(own[k] - own[k + 1] * shape[k + 1]) == 0 for own in strides):
-            shape[k] = shape[k] * shape[k + 1]
-            del shape[k + 1]
-            for own in strides:
-                del own[k]
-        k -= 1
-    return [
-        Value(v.buffer, v.dtype, tuple(shape), tuple(own), v.offset) for v, own in zip(values, strides, strict=True)
-    ]

@@ -16,7 +16,7 @@ from kvpass.frontend.backend import records
 from kvpass.lowering import build
 from kvpass.lowering.tape import trace
 from kvpass.lowering.tape.rules import RULES
-from kvpass.runtime import steps
+from kvpass.runtime import steps, written
 from kvpass.runtime.steps import Steps
 
 aten = torch.ops.aten
@@ -95,13 +95,42 @@ def test_a_step_is_compiled_in_the_background_and_taken_up(model: Model, monkeyp
 def test_compiled_before_the_first_call_that_needs_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = taken(monkeypatch)
     fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled")
-    ids = grow(fast, model, torch.randint(0, 23, (1, 9)), 1, by=8)
+    ids = grow(fast, model, torch.randint(0, 23, (1, 9)), 1, by=3)
     ids = grow(fast, model, ids, 4)
     assert len(calls) == 4
     ids = grow(fast, model, ids, 3, by=3)  # several rows at once are another regime
     assert len(calls) == 7
-    grow(fast, model, ids, 1, by=17)  # many are not compiled
-    assert len(calls) == 7
+    ids = grow(fast, model, ids, 3, by=17)  # and so are many
+    grow(fast, model, torch.randint(0, 23, (1, 40)), 1)  # and a prompt
+    assert len(calls) == 11
+    program = records()[-1].program
+    assert program is not None
+    assert program.steps is not None
+    names = [name.partition(",")[0] for name, tape, _ in program.steps.describe() if tape is not None]
+    assert sorted(names) == ["many new rows", "many new rows and no other", "one new row", "several new rows"]
+
+
+def test_the_second_prompt_is_compiled_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that reads one prompt would wait for a tape that it never takes."""
+    calls = taken(monkeypatch)
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="auto")
+    for k in range(4):
+        ids = torch.randint(0, 23, (1, 30 + k))
+        ids[:, :2] = torch.tensor([0, k])  # all begin with one token
+        grow(fast, model, ids, 1)
+        assert kvpass.wait(fast)
+    assert len(calls) == 1  # the first prompt found nothing in the cache, the others a row
+
+
+def test_a_prompt_leaves_the_marks_of_the_weights(model: Model) -> None:
+    """Whoever asks a weight for a writable pointer takes its mark, and every later call reads all of it."""
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled", verify=False)
+    grow(fast, model, torch.randint(0, 23, (1, 30)), 2, by=20)
+    program = records()[-1].program
+    assert program is not None
+    assert program._bound is not None
+    assert program._bound.weights._marked
+    assert all(map(written.bearing, program._bound.weights._marked))
 
 
 def test_never_compiled_where_the_user_says_so(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +184,7 @@ def test_sizes_of_zero_and_one_are_regimes_of_their_own(model: Model) -> None:
     args: list[Any] = [None] * arguments.first
     regimes = []
     for args[batch] in (0, 1, 2, 3):
-        regimes.append(arguments.regime(args, 1))
+        regimes.append(arguments.regime(args, 5, 1))
     assert len(set(regimes)) == 3
     assert regimes[2] == regimes[3]
 
@@ -270,7 +299,7 @@ def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: py
     made = steps.Tape
     checked: list[int] = []
 
-    def tape(module: fx.GraphModule, operands: Any, hints: Any) -> Any:
+    def tape(module: fx.GraphModule, operands: Any, hints: Any, rows: Any) -> Any:
         once = trace.trace(module, operands, hints)
         with monkeypatch.context() as patch:
             patch.setattr(trace._Repeats, "value", lambda self, *call: trace._value(*call))
@@ -278,7 +307,7 @@ def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: py
         assert described(once) == described(each)
         assert once.guards == each.guards
         checked.append(len(once.values))
-        return made(module, operands, hints)
+        return made(module, operands, hints, rows)
 
     monkeypatch.setattr(steps, "Tape", tape)
     fast = kvpass.compile(model, cache=kvpass.Cache("4MiB"), tiers="compiled")
@@ -286,7 +315,7 @@ def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: py
     with torch.no_grad():
         for rows in (9, 10, 13, 14):
             close(fast(ids[:, :rows]), model(ids[:, :rows]))
-    assert len(checked) == 2
+    assert len(checked) == 3
 
 
 class First(nn.Module):
