@@ -63,6 +63,16 @@ def test_greedy_is_the_models_own(model: Any, fast: Any) -> None:
     assert found[0, 9:].tolist() == greedy(model, ids[0], 20)
 
 
+def test_the_first_capture_has_a_symbolic_length() -> None:
+    """`torch.compile` alone would capture the first length as it is, and the model again at the second one."""
+    torch._dynamo.reset()
+    fast = torch.compile(llama(), backend="kvpass", options={"cache": (cache := kvpass.Cache("8MiB"))})
+    with recording() as found:
+        kvpass.generate(fast, prompt(9), 4)
+    assert len(found) == 1
+    assert cache.stats().rows_computed == 9 + 3
+
+
 def test_prompts_of_any_lengths(model: Any, fast: Any) -> None:
     prompts = [prompt(9)[0], prompt(4, 2)[0], prompt(9, 3)[0], prompt(6, 4)[0].tolist()]
     found = kvpass.generate(fast, prompts, 8)

@@ -30,11 +30,16 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
     @functools.wraps(getattr(model, "forward", model))
     def call(*args: Any, **kwargs: Any) -> Any:
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            _mark(tensor)
+        mark_growing(args, kwargs)
         return compiled(*args, **kwargs)
 
     return call
+
+
+def mark_growing(*given: Any) -> None:
+    """Say of all tensors in there that they grow, so that the first capture has a symbolic length already."""
+    for value in pytree.tree_leaves(given):
+        _mark(value)
 
 
 def _mark(value: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
+from kvpass.frontend.api import mark_growing
 
 
 class Session:
@@ -104,6 +105,7 @@ class Session:
         return other
 
     def _logits(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        mark_growing(ids, kwargs)
         with torch.no_grad():
             if self._name is None:
                 return logits_of(self._forward(ids, **kwargs))
