@@ -1,8 +1,7 @@
-"""Decode steps: which call takes which tape, and when a tape is there.
+"""Steps and prompts: which call takes which tape, and when a tape is there.
 
-A call of a few new rows runs a tape (`kvpass.lowering.tape`) as soon as one has been made for its regime; until then,
-and where none can be made, it runs the incremental graph op by op. Tapes are made in the background and taken up
-between two calls.
+A call runs a tape (`kvpass.lowering.tape`) as soon as one has been made for its regime; until then, and where none can
+be made, it runs the incremental graph op by op. Tapes are made in the background and taken up between two calls.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Role
 from kvpass.lowering.build import NoCompiler
 from kvpass.lowering.tape import Operand, OutOfRange, Tape, Unexpected, Untraceable
+from kvpass.runtime import huge
 from kvpass.runtime.compare import difference
+from kvpass.runtime.weights import Weights
 
 log = logging.getLogger("kvpass")
 TIERS = ("auto", "compiled", "eager")
@@ -166,17 +167,22 @@ class Steps:
         self._made: dict[Regime, list[_Made]] = {}
         self._pending: dict[Regime, Future[None]] = {}
         self._met: set[Regime] = set()
+        self._settled: Weights | None = None
+        self._settling: Future[int] | None = None
         self._said: set[str] = set()
 
-    def run(self, args: Sequence[Any], start: int, rows: int, batch: int, weights: object) -> tuple[Any, ...] | None:
+    def run(self, args: Sequence[Any], start: int, rows: int, batch: int, weights: Weights) -> tuple[Any, ...] | None:
         """The outputs of a call, or None where it has to run op by op.
 
         Args:
-            weights: what they are known by; another object where one may have moved.
+            weights: another object where one may have moved.
         """
         new = rows - start
         if self.tiers == "eager" or rows < _LEAST_CACHED:
             return None
+        if weights is not self._settled and self._made:
+            self._settled = weights
+            self._settling = _WORKER.submit(huge.settle, weights.tensors)
         many = new * batch > FEW
         if (many or start < _LEAST_CACHED) and batch <= FEW:
             one = self.arguments.regime(args, start, 1)
@@ -259,10 +265,10 @@ class Steps:
             self._said.add(text)
             log.warning("%s", text)
 
-    def pending(self) -> list[Future[None]]:
+    def pending(self) -> list[Future[Any]]:
         """What is being made now."""
         with self._lock:
-            return list(self._pending.values())
+            return [*self._pending.values(), *([] if self._settling is None else [self._settling])]
 
     def describe(self) -> list[tuple[str, Tape | None, str]]:
         """Each regime that has been asked for, with its tape or the reason why there is none."""

@@ -294,6 +294,20 @@ def test_a_model_without_gradients_inside_inference_mode(model: Model, monkeypat
     assert calls
 
 
+def test_prompts_inside_and_outside_of_inference_mode(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a tape serves both."""
+    calls = taken(monkeypatch)
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled", verify=False)
+    for k in range(4):
+        with torch.no_grad(), torch.inference_mode(k % 2 == 0):
+            ids = torch.randint(0, 23, (1, 30 + k))
+            close(fast(ids).clone(), model(ids))
+        with torch.no_grad():
+            ids = torch.randint(0, 23, (1, 40 + k))
+            close(fast(ids), model(ids))
+    assert len(calls) == 8
+
+
 def test_what_is_traced_once_is_what_each_op_makes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes, strides and types of every value, and which of them share memory."""
     made = steps.Tape
