@@ -299,7 +299,7 @@ def test_prompts_inside_and_outside_of_inference_mode(model: Model, monkeypatch:
     calls = taken(monkeypatch)
     fast = kvpass.compile(model, cache=kvpass.Cache("8MiB"), tiers="compiled", verify=False)
     for k in range(4):
-        with torch.no_grad(), torch.inference_mode(k % 2 == 0):
+        with torch.inference_mode(k % 2 == 0), torch.no_grad():
             ids = torch.randint(0, 23, (1, 30 + k))
             close(fast(ids).clone(), model(ids))
         with torch.no_grad():
