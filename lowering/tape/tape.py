@@ -264,8 +264,7 @@ class Tape:
         base = self._base
         for k, (size, memory_) in enumerate(zip(self._size(*numbers), self._memory, strict=True)):
             if size > memory_.numel():
-                with torch.inference_mode(False):  # it serves calls outside of it as well
-                    self._memory[k] = made = torch.empty(size + size // 4 + 64, dtype=torch.uint8)
+                self._memory[k] = made = torch.empty(size + size // 4 + 64, dtype=torch.uint8)
                 base[self._of_slot[k]] = made.data_ptr()
         tensors: dict[int, Tensor] = {}
         addresses: dict[int, int] = {}
