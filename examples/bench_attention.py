@@ -26,6 +26,7 @@ from kvpass.ir import Attention, Layout
 from kvpass.kernels.text import parse
 from kvpass.lowering import build, cpu
 from kvpass.lowering.cpu import Rows
+from kvpass.runtime import huge
 
 READ = r"""
 #include <cstdint>
@@ -130,9 +131,13 @@ class Bench:
             loop.argtypes, loop.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_float
         self.rows: list[Row] = []
 
-    def limit(self, size: int, products: int = 0) -> Callable[[], object]:
-        """Reads ``size`` bytes; each 32 of them are multiplied by ``products`` vectors."""
+    def limit(self, size: int, products: int = 0, huge_pages: bool = False) -> Callable[[], object]:
+        """Reads ``size`` bytes, as torch allocates them or in huge pages; each 32 of them are multiplied by
+        ``products`` vectors.
+        """
         memory, loop = torch.ones(size // 4), self._passes[products]
+        if huge_pages:
+            huge.settle([memory])
         return lambda: loop(memory.data_ptr(), memory.numel(), torch.get_num_threads())
 
     def add(self, row: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import llama_cpp as llama
@@ -9,8 +10,18 @@ import numpy as np
 from serving import serve
 
 AT_ONCE = 512  # tokens of a prompt
+ERROR = 4  # of ggml's levels of messages
 
 path, rows, sequences, threads = sys.argv[1], *map(int, sys.argv[2:5])
+
+
+@llama.llama_log_callback
+def errors_only(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level == ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+llama.llama_log_set(errors_only, ctypes.c_void_p())
 llama.llama_backend_init()
 model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
 params = llama.llama_context_default_params()
