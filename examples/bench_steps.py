@@ -38,7 +38,7 @@ from kvpass.progress import waiting
 
 MOST_ROWS = 16384  # of all sequences together, unless lengths are given: prompts of more take minutes for each way
 SMALL_PAGES = "read, 4 KiB pages"
-IN_A_ROW = 4  # tokens that `generate` makes in one turn
+IN_A_ROW = 4  # tokens that `generate` makes of a batch in one turn
 BARS = {
     "llama.cpp": {128: 1.0, 4096: 1.25},
     "DynamicCache": 2.3,
@@ -84,10 +84,10 @@ class Point:
         return out
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
-    tokens = run()
-    return time.perf_counter() - start, tokens
+    found = run()
+    return time.perf_counter() - start, found
 
 
 def cached_bytes(config: Any, rows: int) -> int:
@@ -117,20 +117,21 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peers: li
         if way != "session":
             next_of[way]()
         texts[way] = torch.cat([ids, first], 1)
+    stream = kvpass.stream(fast, ids[0], steps + 1)  # the loop of `generate`, token by token
+    grown = torch.cat([ids[:1], torch.tensor([[next(stream)]])], 1)
     tokens = [peer.ask(ids.tolist())[1] for peer in peers]
     names = [PEERS[peer.name] for peer in peers]
     seconds: dict[str, list[float]] = {way: [] for way in (*texts, *names, "read", SMALL_PAGES, "generate")}
     for step in range(steps):
-        start = time.perf_counter()
-        limit()
-        seconds["read"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        small_pages()
-        seconds[SMALL_PAGES].append(time.perf_counter() - start)
-        if step % IN_A_ROW == 0:
-            start = time.perf_counter()
-            grown = kvpass.generate(fast, texts["kvpass"], IN_A_ROW)
-            seconds["generate"].append((time.perf_counter() - start) / IN_A_ROW)
+        seconds["read"].append(timed(limit)[0])
+        seconds[SMALL_PAGES].append(timed(small_pages)[0])
+        if batch == 1:
+            taken, token = timed(lambda: next(stream))
+            seconds["generate"].append(taken)
+            grown = torch.cat([grown, torch.tensor([[token]])], 1)
+        elif step % IN_A_ROW == 0:
+            taken, grown = timed(lambda: kvpass.generate(fast, texts["kvpass"], IN_A_ROW))
+            seconds["generate"].append(taken / IN_A_ROW)
         for way, run in next_of.items():
             taken, new = timed(run)
             seconds[way].append(taken)

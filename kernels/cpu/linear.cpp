@@ -33,7 +33,7 @@ constexpr int W = 8;
 #endif
 constexpr int LINE = 64 / W;  // vectors of bytes in a line of the cache
 constexpr int MOST_ROWS = W == 16 ? 8 : 4;  // that are multiplied at once
-constexpr int AHEAD = 4096;  // bytes: a core that multiplies does not read ahead by itself
+constexpr int AHEAD = 4096, FAR = 6144;  // bytes: a core that multiplies does not read ahead by itself; FAR with four rows
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
@@ -150,7 +150,7 @@ inline void dots(const float* x, int64_t width, const Matrix& m, int64_t o) {
       V part[O];
 #pragma GCC unroll 4
       for (int p = 0; p < O; ++p) {
-        if (sizeof(Weight) > 1 || n % LINE == 0) ask(w + (O == 1 ? 0 : p + O) * m.row + at, O == 1 ? AHEAD : 0);
+        if (sizeof(Weight) > 1 || n % LINE == 0) ask(w + (O == 1 ? 0 : p + O) * m.row + at, O > 1 ? 0 : R < 4 ? AHEAD : FAR);
         part[p] = load(w + p * m.row + at);
       }
 #pragma GCC unroll 8
