@@ -191,7 +191,7 @@ def draw(points: list[Point], path: Path) -> None:
 
     panels = list(dict.fromkeys((p.model, p.batch) for p in points))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained", squeeze=False
+        1, len(panels), figsize=(3.6 * len(panels), 3.8), layout="constrained", squeeze=False
     )
     styles = {
         "generate": "#1f5fa8", "llama.cpp": "#b0452c", "OpenVINO": "#7b4fa3", "StaticCache": "#2f7d4f",
@@ -214,7 +214,8 @@ def draw(points: list[Point], path: Path) -> None:
         axis.set_title(f"{name}, batch {batch}", loc="left", fontsize=10)
         axis.grid(True, color="#e3e5e8", lw=0.7)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+    handles = {text: line for axis in axes[0] for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
