@@ -48,6 +48,11 @@ class Atom:
     start: Expr = ZERO
     bcast: bool = False
 
+    @property
+    def grows(self) -> bool:
+        """False of a number of entries that a longer sequence leaves as it is, as of the last ``k`` rows."""
+        return not self.size.is_number and bool(self.size.free_symbols & (self.start + self.size).free_symbols)
+
     def __str__(self) -> str:
         if self.kind is Kind.SEQ:
             return f"rows[{self.start}:{self.start + self.size}]" if self.start != 0 else f"rows[{self.size}]"
@@ -176,7 +181,7 @@ class Fact:
     @cached_property
     def wide(self) -> tuple[int, ...]:
         """The rows among them whose number of entries grows with the sequence."""
-        return tuple(k for k in self.rows if not self.atoms[k].size.is_number)
+        return tuple(k for k in self.rows if self.atoms[k].grows)
 
     def index_only(self) -> bool:
         """True where no input row matters: the value is a function of indices, weights and context."""

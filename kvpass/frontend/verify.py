@@ -51,7 +51,7 @@ def verify(
     rng = random.Random(seed)
     texts = _Texts(captured, real, rng)
     plan = incremental.plan
-    keys = Keys(captured, plan.ahead, plan.analyzed.together)
+    keys = Keys(captured, plan)
     held = (texts.rows + keys.lead(texts.prefix(2))) // _PAGE + 2
     room = held * _PAGE * texts.batch * 2 * sum(s.bytes_per_row for s in plan.slots)
     cache = Cache(max(room, 1 << 16), page_size=_PAGE, poison=True)
@@ -59,7 +59,7 @@ def verify(
     table = cache.register(
         [SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots]
     )
-    for end in texts.chunks(plan.tail):
+    for end in texts.chunks(keys.last(texts.prefix(texts.rows))):
         args = texts.prefix(end)
         rows, width = keys.rows(args)
         with torch.no_grad():
@@ -67,7 +67,7 @@ def verify(
                 expected = plain(*args)
             except Exception as error:
                 raise PlainFailed() from error
-            with cache.begin(table, rows, width, b"", limit=end + keys.lead(args) - plan.tail) as lease:
+            with cache.begin(table, rows, width, b"", limit=end + keys.lead(args) - keys.last(args)) as lease:
                 found = run(incremental, args, lease)
         meaningful = _meaningful(plan.analyzed, args)
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):

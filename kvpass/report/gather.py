@@ -30,6 +30,7 @@ from kvpass.report.parts import (
 )
 from kvpass.report.reading import op_name, readings, unrecognised
 from kvpass.transforms.latent import weighed
+from kvpass.transforms.plan import Plan
 from kvpass.transforms.recognise import Recognised, recognise
 from kvpass.transforms.rewrite import Incremental
 
@@ -86,7 +87,7 @@ def _rewritten(incremental: Incremental) -> GraphReport:
         unrecognised=unrecognised(analyzed, missed),
         readings=readings(analyzed, found, missed),
         slots=slot_reports(incremental),
-        tail=plan.tail,
+        tail=tail_of(plan),
         hints=(*_own_cache(analyzed), *_unread(incremental)),
         prefixes=_prefixes(incremental),
         tensors=len(analyzed.captured.constants),
@@ -95,6 +96,11 @@ def _rewritten(incremental: Incremental) -> GraphReport:
 
 
 # -- inputs and outputs ---------------------------------------------------------------------------------------------
+
+
+def tail_of(plan: Plan) -> int | str:
+    """How many of the last rows are computed in every call."""
+    return int(plan.tail) if plan.tail.is_Integer else Sizes(plan.analyzed.captured).text(plan.tail)
 
 
 def input_reports(captured: Captured) -> tuple[InputReport, ...]:

@@ -28,7 +28,7 @@ from kvpass.analysis.sweep import Analyzed
 from kvpass.ir import Captured
 from kvpass.report.compare import compare
 from kvpass.report.formula import Leaves, formula
-from kvpass.report.gather import graph_report
+from kvpass.report.gather import graph_report, tail_of
 from kvpass.report.names import Sizes, display_names, leaves, letters, short
 from kvpass.report.parts import Record
 from kvpass.report.report import Report, plain
@@ -56,7 +56,7 @@ def plan_data(plan: Plan, record: Record) -> dict[str, Any]:
     told = report.to_dict()
     kept = ("slots", "bytes_per_row", "output_bytes_per_row", "attention", "unrecognised", "readings")
     free = [node.name for node in plan.analyzed.steps if node in plan.free and node.op != "placeholder"]
-    return {"tail": plan.tail, "free": free} | {name: told[name] for name in kept}
+    return {"tail": tail_of(plan), "free": free} | {name: told[name] for name in kept}
 
 
 def incremental_data(incremental: Incremental, record: Record) -> dict[str, Any]:

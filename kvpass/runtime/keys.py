@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import sympy
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from kvpass.analysis.facts import Prefix
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
+from kvpass.transforms.plan import Plan
 
 
 class Keys:
     """How to take keys from the arguments of a captured graph.
 
     Args:
-        ahead: rows that all others may depend on, the first ones of a sequence: each row's key holds their digest.
-        together: a row may depend on the contexts of the other sequences of its batch, and on its place among them.
+        plan: what is stored. Rows that all others may depend on, the first ones of a sequence, are in each row's key;
+            where a row may depend on the contexts of the other sequences of its batch, so are they, and its place.
     """
 
-    def __init__(self, captured: Captured, ahead: Sequence[Prefix] = (), together: bool = False) -> None:
+    def __init__(self, captured: Captured, plan: Plan | None = None) -> None:
         by_name = {i.name: i for i in captured.inputs}
-        self.ahead = [(by_name[prefix.input], prefix.offset) for prefix in ahead]
-        self.together = together
+        self.ahead = [(by_name[prefix.input], prefix.offset) for prefix in (() if plan is None else plan.ahead)]
+        self.together = plan is not None and plan.analyzed.together
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
         self.forms = captured.of(Role.FORM)
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
         self.signature = repr(head).encode()
-        self.numbers = _free_numbers(captured)
+        self.numbers = _free_numbers(captured, captured.module.graph.nodes)
+        self._of_rows = self.numbers if plan is None else _free_numbers(captured, _behind(plan))
         first = self.sequences[0]
         self._first, self._axis = first.index, first.seq_axes[0]
         self._lead = captured.lead
         values = {n.name: n.meta["val"] for n in captured.module.graph.nodes if n.op == "placeholder"}
         sizes = {sym(values[i.name]): i.index for i in captured.of(Role.SYMBOL)}
-        self._sizes = {size: sizes[size] for size in captured.lead.free_symbols}
+        self._tail = sympy.S.One if plan is None else plan.tail
+        self._sizes = {size: sizes[size] for size in (captured.lead + self._tail).free_symbols}
 
     def length(self, args: Sequence[Any]) -> int:
         """``S`` of a call."""
@@ -47,7 +50,16 @@ class Keys:
 
     def lead(self, args: Sequence[Any]) -> int:
         """How many entries stand before the rows of the text; they have keys as well."""
-        return int(self._lead.xreplace({size: sympy.Integer(args[k]) for size, k in self._sizes.items()}))
+        return self._number(self._lead, args)
+
+    def last(self, args: Sequence[Any]) -> int:
+        """How many of the last rows have to be computed in any case."""
+        return self._number(self._tail, args)
+
+    def _number(self, expr: sympy.Expr, args: Sequence[Any]) -> int:
+        if expr.is_Integer:
+            return int(expr)
+        return int(expr.xreplace({size: sympy.Integer(args[k]) for size, k in self._sizes.items()}))
 
     def batch(self, args: Sequence[Any]) -> int:
         """``B`` of a call: the largest batch axis among its inputs."""
@@ -92,7 +104,7 @@ class Keys:
         for given in self.contexts:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
-        for symbol, k in self.numbers:
+        for symbol, k in self._of_rows:
             digest.update(f"{symbol}={args[k]};".encode())
         for given in self.sequences:
             digest.update(
@@ -104,14 +116,28 @@ class Keys:
         """Digest of all that a hoisted value can depend on, each sequence's own context included."""
         digest = hashlib.sha256(self.context(args))
         digest.update(self.batch(args).to_bytes(8, "big"))
+        for symbol, k in self.numbers:
+            digest.update(f"{symbol}={args[k]};".encode())
         for given in self.contexts:
             if given.batch_axis is not None:
                 digest.update(tensor_bytes(args[given.index]))
         return digest.digest()
 
 
-def _free_numbers(captured: Captured) -> list[tuple[str, int]]:
-    """Symbolic numbers that the caller passes and that a value may depend on, by the symbol that identities speak of.
+def _behind(plan: Plan) -> list[fx.Node]:
+    """What the stored values are made of."""
+    todo, found = [slot.node for slot in plan.slots], dict[fx.Node, None]()
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found[node] = None
+            todo += node.all_input_nodes
+    return list(found)
+
+
+def _free_numbers(captured: Captured, among: Iterable[fx.Node]) -> list[tuple[str, int]]:
+    """Symbolic numbers that the caller passes and that these values may depend on, by the symbol that identities speak
+    of.
 
     Neither the length of the sequence nor the size of the batch, nor a number that is only the stride of an input:
     where the bytes of a tensor lie does not change what it says.
@@ -119,7 +145,7 @@ def _free_numbers(captured: Captured) -> list[tuple[str, int]]:
     nodes = {n.name: n for n in captured.module.graph.nodes if n.op == "placeholder"}
     read = set(captured.seq.free_symbols) | set(sympy.sympify(captured.batch).free_symbols)
     seen: set[sympy.Symbol] = set()
-    for node in captured.module.graph.nodes:
+    for node in among:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, torch.Tensor):
                 seen.update(s for size in value.shape for s in sym(size).free_symbols)

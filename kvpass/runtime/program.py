@@ -148,7 +148,7 @@ class Program:
             return self._plainly(args)
         rows, width = bound.keys.rows(args)
         length = bound.keys.length(args) + bound.keys.lead(args)
-        limit = length - bound.incremental.plan.tail
+        limit = length - bound.keys.last(args)
         if limit < 0:
             return self._plainly(args)
         context = bound.keys.context(args)
@@ -221,7 +221,7 @@ class Program:
         # A tenth of the cache's bytes beside it: an encoder's results for a few inputs.
         remembered = Remembered(self.cache.stats().bytes_capacity // 10)
         keys, table, hoisted = (
-            Keys(self.captured, plan.ahead, plan.analyzed.together),
+            Keys(self.captured, plan),
             self.cache.register(slots),
             hoist(incremental),
         )

@@ -140,7 +140,7 @@ def _select(c: Context) -> fx.Node:
     axis = int(arguments(c.node)[1]) % len(before.dims)
     atom = _row_atom(before, axis)
     place = c.convert(arguments(c.node)[2])
-    if atom is None or atom.size.is_number:
+    if atom is None or not atom.grows:
         return b.call(aten.select.int, x, axis, place)
     where = (
         sym(arguments(c.node)[2].meta["val"])

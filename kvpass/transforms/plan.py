@@ -87,7 +87,7 @@ class Plan:
     Attributes:
         slots: in graph order.
         free: values that are cheap to rebuild from the inputs for all rows.
-        tail: at least this many of the last rows must be computed in every call.
+        tail: at least this many of the last rows must be computed in every call; a number, or made of those of a call.
         lifts: values that may be computed for all rows in a call, and are not stored, since a narrower one is.
         ahead: the rows of these prefixes are part of what every row is known by.
     """
@@ -95,7 +95,7 @@ class Plan:
     analyzed: Analyzed
     slots: tuple[Slot, ...]
     free: frozenset[fx.Node]
-    tail: int
+    tail: sympy.Expr
     lifts: frozenset[fx.Node] = frozenset()
     ahead: tuple[Prefix, ...] = ()
 
@@ -146,7 +146,7 @@ def plan(analyzed: Analyzed, lifts: frozenset[fx.Node] = frozenset()) -> Plan:
     if not slots:
         raise errors.NothingStored()
     ahead = frozenset[Prefix]().union(*(analyzed.fact(slot.node).ahead for slot in slots))
-    return Plan(analyzed, slots, free, max(1, sweep.tail), lifts, tuple(sorted(ahead)))
+    return Plan(analyzed, slots, free, sympy.Max(1, *sweep.tails), lifts, tuple(sorted(ahead)))
 
 
 def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
@@ -171,7 +171,7 @@ class _Sweep:
         self.todo: list[tuple[fx.Node, Demand]] = []
         self.sinks: dict[fx.Node, None] = {}
         self.only_output: set[fx.Node] = set()
-        self.tail = 0
+        self.tails: set[sympy.Expr] = set()
 
     def ask(self, node: fx.Node, demand: Demand) -> None:
         demand = canonical(demand, self.analyzed.fact(node))
@@ -210,9 +210,10 @@ class _Sweep:
 
     def _note_tail(self, step: Step) -> None:
         for atom in step.fact.atoms:
-            if atom.kind is Kind.SEQ and atom.size.is_number and not atom.start.is_number:
+            if atom.kind is Kind.SEQ and not atom.grows and not atom.start.is_number:
                 back = sympy.expand(self.analyzed.captured.seq - atom.start)
-                self.tail = max(self.tail, int(back) if back.is_number else 0)
+                if not back.has(self.analyzed.captured.seq):
+                    self.tails.add(back)
 
 
 # -- the cut --------------------------------------------------------------------------------------------------------

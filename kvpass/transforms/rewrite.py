@@ -160,7 +160,7 @@ class Builder:
 
     def span(self, atom: Atom, everything: bool) -> tuple[sympy.Expr, sympy.Expr]:
         """The entries ``[lo, hi)`` of an atom that are computed."""
-        if atom.kind is not Kind.SEQ or everything or atom.size.is_number:
+        if atom.kind is not Kind.SEQ or everything or not atom.grows:
             return sympy.Integer(0), atom.size
         if atom.start == -self.lead:
             return self.p, atom.size

@@ -256,8 +256,8 @@ def _keeps_rows(op: Op, before: Atom, after: Atom) -> bool:
 
 
 def _is_tail(op: Op, atom: Atom) -> bool:
-    """The last ``k`` rows, for a constant ``k``: always among the new ones."""
-    return bool(atom.size.is_number and atom.start + atom.size == op.scope.axes.seq)
+    """The last ``k`` rows, for a ``k`` that is no length: always among the new ones."""
+    return bool(not atom.grows and atom.start + atom.size == op.scope.axes.seq)
 
 
 @rule(aten.select.int)
