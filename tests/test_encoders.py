@@ -131,7 +131,12 @@ def test_rows_of_a_mixing_encoder_are_known_by_the_whole_batch(monkeypatch: pyte
     assert program.incremental is not None
     assert program.incremental.plan.analyzed.together
     right = Keys.__init__
-    monkeypatch.setattr(Keys, "__init__", lambda self, captured, ahead=(), together=False: right(self, captured, ahead))
+
+    def apart(self: Keys, captured: Any, plan: Any = None) -> None:
+        right(self, captured, plan)
+        self.together = False
+
+    monkeypatch.setattr(Keys, "__init__", apart)
     with pytest.raises(Mismatch):
         run(made(Mixing), iter(calls), verify=False)
 

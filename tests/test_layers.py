@@ -28,7 +28,7 @@ LEVELS = {
     "runtime": 3,
     "report": 3,
     "frontend": 4,
-    "generation": 4,
+    "generation": 5,
     "huggingface": 5,
     "demos": 5,
     "demo": 5,
