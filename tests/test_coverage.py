@@ -80,7 +80,7 @@ def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder], monkeypat
 
 
 PROMPTS = [
-    pytest.param(kind, marks=() if k % 9 == 0 else pytest.mark.soak, id=kind.__name__)
+    pytest.param(kind, marks=() if k % 14 == 0 else pytest.mark.soak, id=kind.__name__)
     for k, kind in enumerate(kind for kind in MODELS if not kind.refused)
 ]
 

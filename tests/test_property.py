@@ -13,7 +13,7 @@ from tests.property.fast import compiled, few_pages
 from tests.property.history import draw_steps, run_history
 from tests.property.machine import SHRINKING, run_machine
 
-MODELS, STEPS = 24, 30
+MODELS, STEPS = 16, 24
 SOAK = int(os.environ.get("KVPASS_SOAK", "0"))
 SOAK_SEED = int(os.environ.get("KVPASS_SOAK_SEED", "100000"))
 
@@ -23,7 +23,7 @@ def test_history(seed: int) -> None:
     run_history(random_config(seed), compiled, draw_steps(seed, STEPS))
 
 
-@pytest.mark.parametrize("seed", range(1000, 1005))
+@pytest.mark.parametrize("seed", range(1000, 1003))
 def test_history_with_few_pages(seed: int) -> None:
     run_history(random_config(seed), few_pages, draw_steps(seed, STEPS), counted=False)
 
