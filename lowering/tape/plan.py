@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -84,6 +84,15 @@ class Product:
     scratch: int
 
 
+class _Factors(NamedTuple):
+    """Rows, a matrix as it stands in memory, a bias, and whether the matrix has its outputs first."""
+
+    x: Value
+    weight: Value
+    bias: Value | None
+    turned: bool
+
+
 class Planner:
     """From a graph to instructions.
 
@@ -101,7 +110,7 @@ class Planner:
     ) -> None:
         self.symbols = list(traced.symbols.values())
         places = {symbol: k + 1 for k, symbol in enumerate(self.symbols)}
-        self.words, self.many = Words(places), None if rows is None else Words(places, traced.symbols[rows])
+        self.words, self.by_rows = Words(places), None if rows is None else Words(places, traced.symbols[rows])
         self.buffers: list[Buffer] = []
         self.steps: list[Instruction | Host | Product] = []
         self.values: dict[fx.Node, Any] = {}
@@ -255,7 +264,7 @@ class Planner:
         if not is_tensor(fake) or not hasattr(target, "_schema"):
             raise NoWords("several results")
         given = by_name(target, args, kwargs)
-        product = self._product if self.many is None else self._many
+        product = self._few if self.by_rows is None else self._many
         found = product(target, given, fake) or self._widens(target, given, fake)
         if found is not None:
             return found
@@ -270,8 +279,8 @@ class Planner:
     def _emit(self, made: Callable[[Writing], str], given: Mapping[str, Any], out: Value) -> None:
         if out.dtype not in TYPES:
             raise NoWords(f"{out.dtype}")
-        if self.many is not None:
-            writing = Writing(self.many, dict(given), out)
+        if self.by_rows is not None:
+            writing = Writing(self.by_rows, dict(given), out)
             text = _text(writing, made(writing))
             if writing.by_rows and writing.stored and all(map(self._in_its_row, writing.stored)):
                 own = {v.buffer for v in writing.operands} & {access.value.buffer for access in writing.read}
@@ -279,25 +288,30 @@ class Planner:
                 across = frozenset(v.buffer for v in writing.operands) - own
                 self.steps.append(Instruction(text, _buffers(writing), by_rows=True, across=across))
                 return
-            if out.count.has(self.many.rows):
+            if out.count.has(self.by_rows.rows):
                 raise NoWords("many rows that are not treated each for itself")
         writing = Writing(self.words, dict(given), out)
         text = _text(writing, made(writing))
         self.steps.append(Instruction(text, _buffers(writing)))
 
+    def _rows(self, made: Value) -> tuple[sympy.Expr, dict[tuple[sympy.Expr, sympy.Expr], None]] | None:
+        """How far apart the rows of a buffer are, and size and stride of what is farther apart still; None where rows
+        do not stand each for itself.
+        """
+        axis = None if self.by_rows is None else self.by_rows.row(made.sizes)
+        if axis is None or not (step := made.strides[axis]).is_Integer:
+            return None
+        others = [pair for k, pair in enumerate(zip(made.sizes, made.strides, strict=True)) if k != axis]
+        return step, dict.fromkeys(
+            (size, stride) for size, stride in others if size != 1 and not (stride.is_Integer and stride < step)
+        )
+
     def _in_its_row(self, access: Access) -> bool:
         """Whether an entry is of that row of a buffer: between where the row begins and where the next one does."""
-        value, made, words = access.value, self.buffers[access.value.buffer].made, self.many
-        if words is None or made is None or made.dtype is not value.dtype:
+        value, made = access.value, self.buffers[access.value.buffer].made
+        if made is None or made.dtype is not value.dtype or (rows := self._rows(made)) is None:
             return False
-        axis = words.row(made.sizes)
-        if axis is None or not (step := made.strides[axis]).is_Integer:
-            return False
-        outside = {
-            (size, stride)
-            for k, (size, stride) in enumerate(zip(made.sizes, made.strides, strict=True))
-            if k != axis and size != 1 and not (stride.is_Integer and stride < step)
-        }
+        step, outside = rows
         walked, end = sympy.S.Zero, value.offset
         for size, stride, at in zip(value.sizes, value.strides, access.index, strict=True):
             if at == access.row:
@@ -308,21 +322,16 @@ class Planner:
 
     def rows_at(self, made: Value) -> Any:
         """The same for two values of which each row stands at the same bytes."""
-        axis = None if self.many is None else self.many.row(made.sizes)
-        if axis is None:
+        rows = self._rows(made)
+        if rows is None:
             return made
-        item, step = made.dtype.itemsize, made.strides[axis]
-        outside = [
-            (size, sympy.expand(stride * item))
-            for k, (size, stride) in enumerate(zip(made.sizes, made.strides, strict=True))
-            if k != axis and size != 1 and not (stride.is_Integer and step.is_Integer and stride < step)
-        ]
-        return (step * item, *sorted(outside, key=str))
+        (step, outside), item = rows, made.dtype.itemsize
+        return step * item, frozenset((size, sympy.expand(stride * item)) for size, stride in outside)
 
     def _append(self, pool: Value, rows: Value, place: Value, before: int) -> None:
         head, tail = rows.sizes[:before], rows.sizes[before + 1 :]
         to = Value(pool.buffer, pool.dtype, (*head, *tail), (*pool.strides[:before], *pool.strides[before + 2 :]))
-        words, step = self.many or self.words, pool.strides[before + 1]
+        words, step = self.by_rows or self.words, pool.strides[before + 1]
         if words.row(rows.sizes) != before:
             words = self.words
         if rows.dtype != pool.dtype or pool.dtype not in TYPES:
@@ -341,23 +350,39 @@ class Planner:
             f"  {words.loops(rows.sizes, body)}\n"
         )
         index = tuple(f"i{k}" for k in range(len(rows.sizes)))
-        own = words is self.many and self._in_its_row(Access(rows, index, index[before]))
+        own = words is self.by_rows and self._in_its_row(Access(rows, index, index[before]))
         across = frozenset() if own else frozenset([rows.buffer])
         buffers = [rows.buffer, place.buffer, pool.buffer]
-        self.steps.append(Instruction(text, buffers, by_rows=words is self.many, across=across))
+        self.steps.append(Instruction(text, buffers, by_rows=words is self.by_rows, across=across))
 
-    def _product(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
-        """A product with a matrix, where it is one."""
-        found = _operands(target, given)
-        if found is None:
+    def _factors(self, target: Any, given: dict[str, Any], fake: Any) -> _Factors | None:
+        """The operands of a product with a matrix, where it is one."""
+        if target is aten.linear.default:
+            x, weight, bias, turned = given["input"], given["weight"], given.get("bias"), True
+        elif target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
+            x, weight, bias, turned = given["mat1"], given["mat2"], given["self"], False
+        elif target in (aten.mm.default, aten.matmul.default):
+            x, weight, bias, turned = given["self"], given.get("mat2", given.get("other")), None, False
+        else:
             return None
-        x, weight, bias, turned = found
         if len(weight.sizes) != 2 or not x.sizes or fake.dtype not in _PRODUCT_TYPES:
             return None
         if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
             return None
+        if bias is not None and (bias.sizes != (weight.sizes[not turned],) or bias.strides != (1,)):
+            return None
         self._read((x, bias))
         weight = self._stored(weight)
+        if self.buffers[weight.buffer].tensor is None:
+            return None
+        return _Factors(x, weight, bias, turned)
+
+    def _few(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
+        """A product of few rows, by the kernel that streams the matrix."""
+        factors = self._factors(target, given, fake)
+        if factors is None:
+            return None
+        x, weight, bias, turned = factors
         width = x.sizes[-1]
         strides = weight.strides if turned else weight.strides[::-1]  # of outputs, of inputs
         if strides[1] == 1:
@@ -366,17 +391,9 @@ class Planner:
             crossed = True
         else:
             return None
-        out_size = weight.sizes[0 if turned else 1]
-        if bias is not None and (bias.sizes != (out_size,) or bias.strides != (1,)):
+        if bias is not None and self.buffers[bias.buffer].tensor is None:
             return None
-        if self.buffers[weight.buffer].tensor is None or (
-            bias is not None and self.buffers[bias.buffer].tensor is None
-        ):
-            return None
-        x = self._dense(x)
-        out = self._made(fake)
-        if not out.dense:
-            raise NoWords("a result with holes")
+        x, out = self._dense(x), self._result(fake)
         rows = sympy.Mul(*x.sizes[:-1])
         group = self.groups.get((x, weight.dtype))
         if group is None:
@@ -387,22 +404,12 @@ class Planner:
         return out
 
     def _many(self, target: Any, given: dict[str, Any], fake: Any) -> Value | None:
-        """A product of many rows with a matrix, into memory of the tape's."""
-        found = _operands(target, given)
-        if found is None:
+        """A product of many rows, into memory of the tape's."""
+        factors = self._factors(target, given, fake)
+        if factors is None:
             return None
-        x, weight, bias, turned = found
-        if len(weight.sizes) != 2 or len(x.sizes) < 2 or fake.dtype not in _PRODUCT_TYPES:
-            return None
-        if any(v is not None and v.dtype != fake.dtype for v in (x, weight, bias)):
-            return None
-        self._read((x, bias))
-        weight = self._stored(weight)
-        if self.buffers[weight.buffer].tensor is None:
-            return None
-        x, out = self._dense(x), self._made(fake)
-        if not out.dense:
-            raise NoWords("a result with holes")
+        x, weight, bias, turned = factors
+        x, out = self._dense(x), self._result(fake)
         flat = [
             Value(v.buffer, v.dtype, (sympy.Mul(*v.sizes[:-1]), v.sizes[-1]), (v.sizes[-1], sympy.S.One))
             for v in (x, out)
@@ -411,6 +418,12 @@ class Planner:
             weight = Value(weight.buffer, weight.dtype, weight.sizes[::-1], weight.strides[::-1], weight.offset)
         args = (flat[0], weight, bias, flat[1])
         self.steps.append(Host(products.multiply, args, {}, (), [v.buffer for v in args if v is not None]))
+        return out
+
+    def _result(self, fake: Any) -> Value:
+        out = self._made(fake)
+        if not out.dense:
+            raise NoWords("a result with holes")
         return out
 
     def product(self, group: Product) -> Instruction:
@@ -508,17 +521,6 @@ class _Places:
 
 def is_value(x: Any) -> bool:
     return isinstance(x, Value)
-
-
-def _operands(target: Any, given: Mapping[str, Any]) -> tuple[Value, Value, Value | None, bool] | None:
-    """Rows, matrix, bias, and whether the matrix stands with its outputs first; None of what is no such product."""
-    if target is aten.linear.default:
-        return given["input"], given["weight"], given.get("bias"), True
-    if target is aten.addmm.default and given["alpha"] == given["beta"] == 1:
-        return given["mat1"], given["mat2"], given["self"], False
-    if target in (aten.mm.default, aten.matmul.default):
-        return given["self"], given.get("mat2", given.get("other")), None, False
-    return None
 
 
 def _text(writing: Writing, body: str) -> str:

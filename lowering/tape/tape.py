@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -67,16 +68,6 @@ def _runs(steps: Sequence[Instruction | Host]) -> list[list[Instruction | Host]]
     return runs
 
 
-def _seen_as(what: Value, tensor: Tensor, shape: list[int], strides: list[int], offset: int) -> Tensor:
-    """A value in the memory of a tensor."""
-    if tensor.dtype != what.dtype:  # complex numbers that are read as real ones, or the other way round
-        first = tensor.storage_offset() * tensor.element_size() // what.dtype.itemsize + offset
-        return torch.empty(0, dtype=what.dtype).set_(tensor.untyped_storage(), first, shape, strides)
-    if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
-        return tensor
-    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
-
-
 def _alike(a: Any, b: Any) -> bool:
     """True where one tensor can take the place of the other."""
     return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
@@ -105,7 +96,7 @@ class Tape:
     ) -> None:
         traced = trace(module, operands, hints)
         plan = Planner(module, traced, operands, rows)
-        self._rows = None if plan.many is None else plan.many.places[traced.symbols[rows]]
+        self._rows = None if plan.by_rows is None else plan.by_rows.places[traced.symbols[rows]]
         self.lock = threading.Lock()
         self.buffers, self.outputs = plan.buffers, plan.outputs
         steps = [plan.product(step) if isinstance(step, Product) else step for step in plan.steps]
@@ -126,19 +117,17 @@ class Tape:
             for k, step in enumerate(run):
                 last.update(dict.fromkeys(step.buffers, (r, k)))
         self.slots: list[sympy.Expr] = []
-        free: dict[Any, list[int]] = {}
-        seen: set[int] = set()
+        free: dict[sympy.Expr, list[int]] = {}
+        born: dict[int, int] = {}
         for r, run in enumerate(runs):
-            here: dict[Any, list[int]] = {}
-            mine: set[int] = set()
+            here: dict[Any, list[int]] = {}  # of this run's own, by where their rows stand
             ended: list[int] = []
             for k, step in enumerate(run):
                 for b in dict.fromkeys(step.buffers):
                     buffer = self.buffers[b]
-                    if b in seen or buffer.made is None or buffer.host or buffer.kept:
+                    if b in born or buffer.made is None or buffer.host or buffer.kept:
                         continue
-                    seen.add(b)
-                    mine.add(b)
+                    born[b] = r
                     size = sympy.expand(buffer.made.count * buffer.made.dtype.itemsize)
                     places = here.get(plan.rows_at(buffer.made)) or free.get(size)
                     if not places:
@@ -147,12 +136,10 @@ class Tape:
                     buffer.slot = places.pop()
                 for b in dict.fromkeys(step.buffers):
                     buffer = self.buffers[b]
-                    if last[b] == (r, k) and buffer.slot is not None and buffer.made is not None:
-                        if b in mine:
-                            here.setdefault(plan.rows_at(buffer.made), []).append(buffer.slot)
-                        else:
-                            ended.append(buffer.slot)
-            for slot in (*ended, *(slot for slots in here.values() for slot in slots)):
+                    if last[b] != (r, k) or buffer.slot is None or buffer.made is None:
+                        continue
+                    (here.setdefault(plan.rows_at(buffer.made), []) if born[b] == r else ended).append(buffer.slot)
+            for slot in itertools.chain(ended, *here.values()):
                 free.setdefault(self.slots[slot], []).append(slot)
 
     def _assemble(self, runs: Sequence[Sequence[Instruction | Host]]) -> None:
@@ -194,7 +181,6 @@ class Tape:
 
     def _prepare(self, symbols: Sequence[sympy.Symbol], traced: Traced) -> None:
         self._weights: object = None
-        self._known: dict[Value, tuple[list[int], list[int], int]] = {}  # sizes, strides and offsets that stay
         self._base = np.zeros(max(1, len(self.buffers)), np.uint64)
         self._size = _numbers(symbols, self.slots)
         self._memory: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
@@ -296,7 +282,7 @@ class Tape:
             if failed:
                 raise MemoryError("no memory for the scratch of an attention") if failed == 1 else OutOfRange()
         outputs = tuple(self._shown_as(leaf, tensors, shown) for leaf in self.outputs)
-        if sum(x.numel() for x in self._memory) > _MOST_KEPT:
+        if self._rows is not None and sum(x.numel() for x in self._memory) > _MOST_KEPT:
             self._memory = [torch.empty(0, dtype=torch.uint8)] * len(self.slots)
         return outputs
 
@@ -305,19 +291,19 @@ class Tape:
         if not isinstance(what, Value):
             return int(shown[what]) if isinstance(what, sympy.Basic) else what
         buffer = self.buffers[what.buffer]
-        known = self._known.get(what)
-        if known is None:
-            shape, strides = [int(shown[x]) for x in what.sizes], [int(shown[x]) for x in what.strides]
-            known = shape, strides, int(shown[what.offset])
-            if not any(x.free_symbols for x in (*what.sizes, *what.strides, what.offset)):
-                self._known[what] = known
-        shape, strides, offset = known
+        shape, strides = [int(shown[x]) for x in what.sizes], [int(shown[x]) for x in what.strides]
+        offset = int(shown[what.offset])
         if buffer.slot is not None:
             flat = self._memory[buffer.slot]
             whole = flat[: flat.numel() // what.dtype.itemsize * what.dtype.itemsize].view(what.dtype)
             return whole.as_strided(shape, strides, offset)
         tensor = buffer.tensor if buffer.tensor is not None else tensors[what.buffer]
-        return _seen_as(what, tensor, shape, strides, offset)
+        if tensor.dtype != what.dtype:  # complex numbers that are read as real ones, or the other way round
+            first = tensor.storage_offset() * tensor.element_size() // what.dtype.itemsize + offset
+            return torch.empty(0, dtype=what.dtype).set_(tensor.untyped_storage(), first, shape, strides)
+        if list(tensor.shape) == shape and list(tensor.stride()) == strides and offset == 0:
+            return tensor
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
     def _host(self, host: Host, tensors: dict[int, Tensor], shown: Mapping[Any, Any]) -> None:
         def given(x: Any) -> Any:

@@ -181,6 +181,31 @@ def test_products_of_many_rows(dtype: torch.dtype, rows: int, crossed: bool, sto
         assert (out.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("shape", [(N, 24), (1, 24), (24,), ()])
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_is_added_to_a_product(shape: tuple[Any, ...], holes: bool) -> None:
+    """A vector, a row of a matrix, a matrix, one number; every other entry of one."""
+    graph = fx.Graph()
+    x, weight, added = (graph.placeholder(name) for name in ("x", "weight", "added"))
+    if holes and shape:
+        added = graph.call_function(aten.slice.Tensor, (added, -1, 0, 48, 2))
+    graph.output((graph.call_function(aten.addmm.default, (added, x, weight)),))
+    module = fx.GraphModule({}, graph)
+    weight_ = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    wide = [sympy.sympify(size) for size in shape]
+    if holes and shape:
+        wide[-1] = sympy.Integer(48)
+    constant = not any(size == N for size in wide)
+    given = torch.randn([int(size) if constant else 1 for size in wide]) if constant else None
+    operands = [Operand(sizes=(N, sympy.Integer(16))), Operand(fixed=weight_)]
+    operands.append(Operand(fixed=given) if given is not None else Operand(sizes=tuple(wide)))
+    tape = Tape(module, operands, {N: 20}, N)
+    for rows in (17, 60):
+        own = given if given is not None else torch.randn([rows if size == N else int(size) for size in wide])
+        inputs = [torch.randn(rows, 16), weight_, own]
+        torch.testing.assert_close(tape(inputs, [rows])[0], module(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_both_ways_are_taken(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_most_streamed", lambda dtype: float("inf") if streams else 0)
