@@ -138,7 +138,7 @@ def test_the_report_says_how_many() -> None:
 
 
 def test_rows_known_without_the_number_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpass.runtime.keys._behind", lambda plan: [])
+    monkeypatch.setattr("kvpass.runtime.keys.ancestry", lambda *nodes: [])
     with pytest.raises(AssertionError):
         history(Times)
 

@@ -150,7 +150,7 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     repeats = Repeats()
-    for node in captured.module.graph.nodes if upto is None else _ancestry(upto):
+    for node in captured.module.graph.nodes if upto is None else ancestry(upto):
         try:
             step = _step(node, steps, captured, inputs, axes, repeats)
         except errors.Refusal as refusal:
@@ -160,9 +160,9 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     return Analyzed(captured, steps, repeats.kinds)
 
 
-def _ancestry(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it is computed from, in the order of the graph."""
-    found, todo = {node}, [node]
+def ancestry(*nodes: fx.Node) -> list[fx.Node]:
+    """Nodes and all that they are computed from, in the order of the graph."""
+    found, todo = set(nodes), list(nodes)
     while todo:
         new = set(todo.pop().all_input_nodes) - found
         found |= new

@@ -16,8 +16,8 @@ import torch
 from kvpass.cache.blocks import PageId
 
 _LINUX_NORESERVE = 0x4000  # mmap.MAP_NORESERVE, which Python knows from 3.13 on
-_HUGE = 2 * 2**20  # bytes of a huge page
-_SMALL = 2 * _HUGE  # bytes of a head's rows from which on they may stand in huge pages
+HUGE_PAGE = 2 * 2**20  # bytes of a huge page
+_SMALL = 2 * HUGE_PAGE  # bytes of a head's rows from which on they may stand in huge pages
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class Pool:
             return
         each = size // self.parts
         for part in range(self.parts):
-            start = -(-(base + part * each + _SMALL) // _HUGE) * _HUGE - base
-            stop = (base + (part + 1) * each) // _HUGE * _HUGE - base
+            start = -(-(base + part * each + _SMALL) // HUGE_PAGE) * HUGE_PAGE - base
+            stop = (base + (part + 1) * each) // HUGE_PAGE * HUGE_PAGE - base
             if start < stop:
                 with contextlib.suppress(OSError):  # a kernel that was built without them
                     memory.madvise(mmap.MADV_HUGEPAGE, start, stop - start)

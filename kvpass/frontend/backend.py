@@ -236,7 +236,7 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 def _refuse_autocast(gm: fx.GraphModule, devices: set[str]) -> None:
     """What autocast does is done below the ops of the graph: rows would be kept under the name of another precision."""
-    devices &= {"cpu", "cuda"}
+    devices = devices & {"cpu", "cuda"}
     if any(map(torch.is_autocast_enabled, devices)):
         raise errors.Autocast(detail="the model is called under autocast")
     for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ aten = torch.ops.aten
 _FLEX = torch.ops.higher_order.flex_attention
 _COPIES = (aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
 _INDICES = 4  # batch, head, query and key
-
-
 _BODIES = (torch.ops.higher_order.invoke_subgraph, torch.ops.higher_order.tag_activation_checkpoint)
 
 
@@ -38,11 +35,7 @@ def inlined(gm: fx.GraphModule) -> fx.GraphModule:
     if not any(node.target in _BODIES for node in gm.graph.nodes):
         return gm
     graph = fx.Graph()
-    made: dict[fx.Node, Any] = {}
-    _copy(graph, gm, made, "")
-    for node in list(graph.find_nodes(op="get_attr")):
-        if not node.users:
-            graph.erase_node(node)
+    _copy(graph, gm, {}, "")
     result = fx.GraphModule(gm, graph)
     result.meta = gm.meta
     return result
@@ -54,11 +47,11 @@ def _copy(graph: fx.Graph, module: fx.GraphModule, made: dict[fx.Node, Any], pat
         if node.op == "output":
             returned = fx.map_arg(node.args[0], made.__getitem__)
             return graph.output(returned) if not path else returned
-        if node in made:
+        if node in made or (node.op == "get_attr" and all(user.target in _BODIES for user in node.users)):
             continue
         if node.target in _BODIES:
             name = str(node.args[0].target)
-            body = attrgetter(name)(module)
+            body = operator.attrgetter(name)(module)
             operands = node.args[2:] if node.target is _BODIES[0] else node.args[1:]
             places = body.graph.find_nodes(op="placeholder")
             given = (made[x] if isinstance(x, fx.Node) else x for x in operands)

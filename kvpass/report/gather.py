@@ -87,7 +87,7 @@ def _rewritten(incremental: Incremental) -> GraphReport:
         unrecognised=unrecognised(analyzed, missed),
         readings=readings(analyzed, found, missed),
         slots=slot_reports(incremental),
-        tail=tail_of(plan),
+        tail=_tail(plan),
         hints=(*_own_cache(analyzed), *_unread(incremental)),
         prefixes=_prefixes(incremental),
         tensors=len(analyzed.captured.constants),
@@ -98,7 +98,7 @@ def _rewritten(incremental: Incremental) -> GraphReport:
 # -- inputs and outputs ---------------------------------------------------------------------------------------------
 
 
-def tail_of(plan: Plan) -> int | str:
+def _tail(plan: Plan) -> int | str:
     """How many of the last rows are computed in every call."""
     return int(plan.tail) if plan.tail.is_Integer else Sizes(plan.analyzed.captured).text(plan.tail)
 

@@ -28,7 +28,7 @@ from kvpass.analysis.sweep import Analyzed
 from kvpass.ir import Captured
 from kvpass.report.compare import compare
 from kvpass.report.formula import Leaves, formula
-from kvpass.report.gather import graph_report, tail_of
+from kvpass.report.gather import graph_report
 from kvpass.report.names import Sizes, display_names, leaves, letters, short
 from kvpass.report.parts import Record
 from kvpass.report.report import Report, plain
@@ -52,11 +52,11 @@ def facts_data(analyzed: Analyzed, stopped: str) -> dict[str, Any]:
 
 
 def plan_data(plan: Plan, record: Record) -> dict[str, Any]:
-    report = Report((graph_report(record),))
-    told = report.to_dict()
+    part = graph_report(record)
+    told = Report((part,)).to_dict()
     kept = ("slots", "bytes_per_row", "output_bytes_per_row", "attention", "unrecognised", "readings")
     free = [node.name for node in plan.analyzed.steps if node in plan.free and node.op != "placeholder"]
-    return {"tail": tail_of(plan), "free": free} | {name: told[name] for name in kept}
+    return {"tail": part.tail, "free": free} | {name: told[name] for name in kept}
 
 
 def incremental_data(incremental: Incremental, record: Record) -> dict[str, Any]:

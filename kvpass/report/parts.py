@@ -187,7 +187,7 @@ class GraphReport:
     compiled: tuple[StepReport, ...] = ()
     tensors: int = 0
     batch: str = ""
-    tail: int | str = 1
+    tail: int | str = 0
     hints: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     """Ends of the first rows on which every row may depend, whatever its own: numbers of the caller's."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvpass.cache.pools import HUGE_PAGE
 from kvpass.ir import storage_address
 
 log = logging.getLogger("kvpass")
-PAGE = 2 << 20  # bytes: of x86-64, and of AArch64 with pages of 4 KiB
 _GAP = 1 << 16  # bytes between two weights that are asked for with them: headers of an allocator
 _COLLAPSE = 25  # MADV_COLLAPSE
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -66,5 +66,5 @@ def spans(storages: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
             joined[-1][1] = max(joined[-1][1], first + size)
         else:
             joined.append([first, first + size])
-    whole = ((-(-first // PAGE) * PAGE, last // PAGE * PAGE) for first, last in joined)
+    whole = ((-(-first // HUGE_PAGE) * HUGE_PAGE, last // HUGE_PAGE * HUGE_PAGE) for first, last in joined)
     return [(first, last) for first, last in whole if first < last]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from kvpass.analysis.sweep import sym
+from kvpass.analysis.sweep import ancestry, sym
 from kvpass.ir import Captured, Input, Role
 from kvpass.transforms.plan import Plan
 
@@ -35,7 +35,9 @@ class Keys:
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
         self.signature = repr(head).encode()
         self.numbers = _free_numbers(captured, captured.module.graph.nodes)
-        self._of_rows = self.numbers if plan is None else _free_numbers(captured, _behind(plan))
+        self._of_rows = (
+            self.numbers if plan is None else _free_numbers(captured, ancestry(*(slot.node for slot in plan.slots)))
+        )
         first = self.sequences[0]
         self._first, self._axis = first.index, first.seq_axes[0]
         self._lead = captured.lead
@@ -122,17 +124,6 @@ class Keys:
             if given.batch_axis is not None:
                 digest.update(tensor_bytes(args[given.index]))
         return digest.digest()
-
-
-def _behind(plan: Plan) -> list[fx.Node]:
-    """What the stored values are made of."""
-    todo, found = [slot.node for slot in plan.slots], dict[fx.Node, None]()
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found[node] = None
-            todo += node.all_input_nodes
-    return list(found)
 
 
 def _free_numbers(captured: Captured, among: Iterable[fx.Node]) -> list[tuple[str, int]]:
