@@ -126,6 +126,45 @@ def test_other_rows_are_refused(kind: type[Last]) -> None:
     assert {refusal.code for refusal in report.refusals} == {"KV208"}, str(report)
 
 
+class Heard(Last):
+    """Beside the text a context, of which something is made that the number is in and that no row is."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__(layers)
+        self.hear = nn.Linear(16, 23)
+
+    def forward(self, ids: Tensor, keep: int = 1, sound: Tensor | None = None) -> Tensor:
+        assert sound is not None
+        return super().forward(ids, keep) + self.hear(sound * keep).tanh().mean(1, keepdim=True)
+
+
+def heard() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, cache = Heard().eval(), kvpass.Cache("8MiB", page_size=4, poison=True)
+    sound = torch.randn(1, 11, 16)
+    with torch.no_grad(), recording() as found:
+        fast = kvpass.compile(model, cache=cache, verify=False)
+        for rows, keep in CALLS:
+            ids = torch.arange(rows).view(1, -1) % 23
+            torch.testing.assert_close(fast(ids, keep, sound), model(ids, keep, sound), rtol=1e-4, atol=1e-5)
+    program = found[-1].program
+    assert program is not None
+    assert program.hoisted is not None
+    assert program.remembered is not None
+    assert program.remembered.computed == len({keep for _, keep in CALLS[1:]})  # the first call has a graph of its own
+
+
+def test_what_is_made_of_the_context_and_the_number_is_known_by_both() -> None:
+    heard()
+
+
+def test_known_by_the_context_alone_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Keys, "hoisting", Keys.context)
+    with pytest.raises(AssertionError):
+        heard()
+
+
 def test_the_report_says_how_many() -> None:
     model = Last().eval()
     with torch.no_grad(), recording() as found:
