@@ -117,8 +117,7 @@ def measure(name: str, model: Any, fast: Any, ids: Tensor, steps: int, peers: li
         if way != "session":
             next_of[way]()
         texts[way] = torch.cat([ids, first], 1)
-    stream = kvpass.stream(fast, ids[0], steps + 1)  # the loop of `generate`, token by token
-    grown = torch.cat([ids[:1], torch.tensor([[next(stream)]])], 1)
+    grown, stream = texts["kvpass"], kvpass.stream(fast, texts["kvpass"][0], steps)  # `generate`, token by token
     tokens = [peer.ask(ids.tolist())[1] for peer in peers]
     names = [PEERS[peer.name] for peer in peers]
     seconds: dict[str, list[float]] = {way: [] for way in (*texts, *names, "read", SMALL_PAGES, "generate")}
@@ -267,7 +266,7 @@ def run(name: str, args: argparse.Namespace, bench: Bench, points: list[Point], 
             with waiting("compiling"), torch.no_grad():
                 for rows in (40, 41, 42, 43):
                     fast(ids[:, :rows].contiguous(), **DECODE_KWARGS)
-                kvpass.wait(fast)
+                    kvpass.wait(fast)
             with contextlib.ExitStack() as stack:
                 peers = [stack.enter_context(Peer(*peer, max(lengths) + room, batch)) for peer in others]
                 for rows in lengths:
