@@ -20,6 +20,7 @@ from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
 from kvpass.transforms.behind import turned
+from kvpass.transforms.normalise import without_empty
 from kvpass.transforms.spell import JOINS, PADS
 
 
@@ -50,6 +51,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     growing = _sequence_symbols(fakes, constant, _answered(gm))
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
     module = exported(gm, fakes)
+    without_empty(module.graph)
     refused: list[errors.Refusal] = []
     fixed = _numbers(fakes)
     for seq in growing:

@@ -45,6 +45,7 @@ def normalise(captured: Captured) -> None:
     module = captured.module
     graph = module.graph
     decomposed(graph)
+    without_empty(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -60,8 +61,6 @@ def normalise(captured: Captured) -> None:
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target is aten.baddbmm.default and node.kwargs.get("beta") == 0:
             _without_bias(graph, node)
-        elif node.target in JOINS:
-            _without_empty(graph, node)
         elif node.target in SPLITS or node.target is aten.unbind.int:
             _replace_pieces(graph, node)
     stacked(graph, captured.seq)
@@ -102,8 +101,16 @@ def _without_bias(graph: fx.Graph, node: fx.Node) -> None:
     replace(node, made)
 
 
+def without_empty(graph: fx.Graph) -> None:
+    """Joins lose pieces that have no entries: the half of a head that a rotary embedding leaves as it is, and what a
+    cache of the model's own holds before the first row, which may be of any rank.
+    """
+    for node in list(graph.nodes):
+        if node.target in JOINS:
+            _without_empty(graph, node)
+
+
 def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
-    """Pieces of a join that have no entries: the half of a head that a rotary embedding leaves as it is, for one."""
     pieces, axis = arguments(node)[0], dim_of(node, 1)
     kept = [piece for piece in pieces if (shape := piece.meta["val"].shape) != (0,) and sym(shape[axis]) != 0]
     if not kept or len(kept) == len(pieces):
