@@ -22,7 +22,7 @@ from kvpass.analysis.sweep import Analyzed, source_of, sym
 from kvpass.cache import Cache, SlotSpec
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
-from kvpass.runtime.compare import difference
+from kvpass.runtime.compare import difference, limits
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.program import run
 from kvpass.transforms.rewrite import Incremental
@@ -59,6 +59,7 @@ def verify(
     table = cache.register(
         [SlotSpec(names[s.node], s.before, s.after, s.dtype, s.node.meta["val"].device, s.name) for s in plan.slots]
     )
+    allowed = limits(captured.module.graph)
     for end in texts.chunks(keys.last(texts.prefix(texts.rows))):
         args = texts.prefix(end)
         rows, width = keys.rows(args)
@@ -71,7 +72,7 @@ def verify(
                 found = run(incremental, args, lease)
         meaningful = _meaningful(plan.analyzed, args)
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
-            problem = difference(a, b, meaningful.get(k))
+            problem = difference(a, b, allowed[k], meaningful.get(k))
             if problem:
                 node = plan.analyzed.outputs[k]
                 detail = f"output {k} at {end} rows, {lease.start} of them cached: {problem}"

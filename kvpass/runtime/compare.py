@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
+
+from kvpass.analysis.sweep import ancestry
 
 # Largest difference, relative to the largest entry: far above reordered sums, far below a key too many.
 TOLERANCE: dict[torch.dtype, float] = {
@@ -15,8 +18,24 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 
 
-def difference(found: Any, expected: Any, meaningful: torch.Tensor | None = None) -> str:
-    """What is wrong with an output, or an empty text."""
+def limits(graph: fx.Graph) -> list[float]:
+    """For each output how far it may be off: as much as the coarsest type that it is computed in allows."""
+    return [_limit(node) if isinstance(node, fx.Node) else 0.0 for node in graph.output_node().args[0]]  # type: ignore[union-attr]
+
+
+def _limit(node: fx.Node) -> float:
+    made = (value.meta.get("val") for value in ancestry(node) if value.op == "call_function" or value is node)
+    types = {x.dtype for x in made if isinstance(x, torch.Tensor) and x.dtype.is_floating_point}
+    return max((TOLERANCE.get(dtype, 1e-1) for dtype in types), default=0.0)
+
+
+def difference(found: Any, expected: Any, limit: float, meaningful: torch.Tensor | None = None) -> str:
+    """What is wrong with an output, or an empty text.
+
+    Args:
+        limit: of `limits`.
+        meaningful: the entries that are looked at; all of them by default.
+    """
     if not isinstance(expected, torch.Tensor):
         return "" if found == expected else f"{found!r} instead of {expected!r}"
     if found.shape != expected.shape or found.dtype != expected.dtype:
@@ -32,5 +51,4 @@ def difference(found: Any, expected: Any, meaningful: torch.Tensor | None = None
         return "NaN in other places"
     a, b = found.double().nan_to_num(), expected.double().nan_to_num()
     error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
-    limit = TOLERANCE.get(expected.dtype, 1e-1)
     return f"relative error {error:.2e} (at most {limit:.0e} is expected)" if error > limit else ""

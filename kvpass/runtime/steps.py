@@ -24,7 +24,7 @@ from kvpass.ir import Captured, Role
 from kvpass.lowering.build import NoCompiler
 from kvpass.lowering.tape import Operand, OutOfRange, Tape, Unexpected, Untraceable
 from kvpass.runtime import huge
-from kvpass.runtime.compare import difference
+from kvpass.runtime.compare import difference, limits
 from kvpass.runtime.weights import Weights
 
 log = logging.getLogger("kvpass")
@@ -162,6 +162,7 @@ class Steps:
 
     def __init__(self, captured: Captured, module: fx.GraphModule, slots: int, tiers: str, compare: bool) -> None:
         self.module, self.tiers, self.compare = module, tiers, compare
+        self._limits = limits(captured.module.graph)
         self.arguments = Arguments(captured, slots)
         self._lock = threading.Lock()
         self._made: dict[Regime, list[_Made]] = {}
@@ -225,7 +226,7 @@ class Steps:
             kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in found]
             expected: tuple[Any, ...] = self.module.forward(*args)  # last: these are the rows that stay in the pools
         made.compared = True
-        if problem := next(filter(None, map(difference, kept, expected)), ""):
+        if problem := next(filter(None, map(difference, kept, expected, self._limits)), ""):
             self._drop(made, problem)
         return expected
 
