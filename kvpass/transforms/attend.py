@@ -226,7 +226,7 @@ def _canonical(b: Builder, side: Side, demand: Demand) -> fx.Node:
     atoms = list(range(fact.real))
     placed = [k for k in atoms if k in order]
     target = [_lengths(b, fact, demand, group) for group in (side.batch, side.heads, side.row, side.depth)]
-    if [fact.flat(d) for d in range(len(fact.dims))] == [range(k, k + 1) for k in range(4)] and order == atoms:
+    if _is_canonical(fact, side):
         return built
     if placed != order:
         built = b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in placed])
@@ -234,12 +234,23 @@ def _canonical(b: Builder, side: Side, demand: Demand) -> fx.Node:
     return b.call(aten.reshape.default, built, target)
 
 
+def _is_canonical(fact: Fact, side: Side) -> bool:
+    """Whether a value is written as ``[batch, heads, rows, depth]`` as it stands."""
+    axes = [fact.flat(d) for d in range(len(fact.dims))]
+    return axes == [range(k, k + 1) for k in range(4)] and (side.batch, side.heads, side.row, side.depth) == (
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+    )
+
+
 def _restored(b: Builder, side: Side, made: fx.Node) -> fx.Node:
     """``[B, H, N, D]`` back into the axes of the captured value."""
     fact = b.analyzed.fact(side.node)
     order = [*side.batch, *side.heads, *side.row, *side.depth]
     placed = [k for k in range(fact.real) if k in order]
-    if [fact.flat(d) for d in range(len(fact.dims))] == [range(k, k + 1) for k in range(4)] and order == placed:
+    if _is_canonical(fact, side):
         return made
     if placed != order:
         made = b.call(aten.reshape.default, made, [_lengths(b, fact, NEW, (k,)) for k in order])

@@ -75,7 +75,7 @@ def _filled(c: Context) -> fx.Node:
     if number is None:
         raise errors.NotIncremental(detail="a tensor filled with an unknown number")
     fill: Any = bool(number) if value.dtype is torch.bool else c.builder.number(number)
-    if number in (sympy.oo, -sympy.oo):
+    if value.dtype.is_floating_point and number.is_number:  # a whole number may be too large for an integer
         fill = float(number)
     return c.builder.call(aten.full.default, c.sizes(), fill, dtype=value.dtype, device=value.device)
 

@@ -103,7 +103,8 @@ def hides_all(fact: Fact) -> bool:
 
 
 def only_fill(fact: Fact, sign: int = 1) -> Any:
-    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside.
+    """The support of an additive mask that is zero inside and minus infinity (or very negative) outside; None where it
+    is both outside, since the support knows the stronger one alone.
 
     Args:
         sign: -1 for a mask that is taken off.
@@ -114,7 +115,9 @@ def only_fill(fact: Fact, sign: int = 1) -> Any:
     values = {val for val, _ in branches(number(expr))}
     low = {val for val in values if val.is_number and Fill.of(val) in (Fill.NEG_INF, Fill.NEG)}
     known = support_of(expr)
-    return known[0] if low and values - low <= {sympy.Integer(0)} and known is not None else None
+    if len({Fill.of(val) for val in low}) != 1 or not values - low <= {sympy.Integer(0)} or known is None:
+        return None
+    return known[0]
 
 
 def _places(analyzed: Analyzed, fact: Fact, letters: Sequence[str | None]) -> dict[sympy.Symbol, sympy.Expr]:
