@@ -8,7 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import FrameType
@@ -20,8 +20,9 @@ from torch._dynamo import convert_frame, eval_frame
 
 from kvpass import errors
 from kvpass.analysis.facts import Kind
-from kvpass.analysis.sweep import Analyzed, source_of
+from kvpass.analysis.sweep import Analyzed
 from kvpass.cache import Cache
+from kvpass.frontend import autocast
 from kvpass.frontend.capture import captures
 from kvpass.frontend.higher_order import inlined
 from kvpass.frontend.pipeline import incrementalise
@@ -116,19 +117,23 @@ def kvpass(
         raise errors.OptionError(f"kvpass has no mode {mode!r}; leave it out")
     captured: Captured | None = None
     try:
-        with _defects_named():
+        with _defects_named(), ExitStack() as stack:
             _refuse_unsuitable(gm, example_inputs)
             whole = inlined(gm)
-            _refuse_autocast(whole, {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)})
-            plain, unwrap = unwrapped(whole, example_inputs)
+            around = autocast.Around.of(example_inputs)
+            told = autocast.written(whole, around)
+            forward, unwrap = unwrapped(whole, example_inputs)
+            plain = around.on(forward.forward)
+            stack.enter_context(around.off())
             inputs = unwrap(example_inputs)
-            captured, incremental = _proven(plain, inputs, autotune=chosen.autotune)
+            told = forward if told is whole else unwrapped(told, example_inputs)[0]
+            captured, incremental = _proven(told, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
             cache = chosen.cache if chosen.cache is not None else default_cache()
             rebuild = partial(_rebuild, autotune=chosen.autotune)
-            program = Program(captured, incremental, plain.forward, cache, rebuild, chosen.tiers, chosen.verify)
+            program = Program(captured, incremental, plain, cache, rebuild, chosen.tiers, chosen.verify)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
@@ -136,7 +141,8 @@ def kvpass(
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, plain, args))
     _record(Record(captured, program, None))
-    return program if unwrap.idle else lambda *args: program(*unwrap(args))
+    called = around.without(program)
+    return called if unwrap.idle else lambda *args: called(*unwrap(args))
 
 
 def _proven(
@@ -162,7 +168,7 @@ def _answers_by_row(analyzed: Analyzed) -> bool:
     return any(f.whole is None and any(atom.kind is Kind.SEQ for atom in f.atoms) for f in facts)
 
 
-def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, args: Sequence[Any]) -> bool:
+def _checked(captured: Captured, incremental: Incremental, plain: Callable[..., Any], args: Sequence[Any]) -> bool:
     """False where the model itself raises on these arguments: the check waits for better ones.
 
     Raises:
@@ -170,7 +176,7 @@ def _checked(captured: Captured, incremental: Incremental, gm: fx.GraphModule, a
     """
     with _defects_named():
         try:
-            verify(captured, incremental, gm, args)
+            verify(captured, incremental, plain, args)
         except PlainFailed:
             return False
     return True
@@ -232,14 +238,3 @@ def _refuse_unsuitable(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         raise errors.GraphBreak(detail="Dynamo runs the model in Python and compiles parts of it", source=place)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         raise errors.NeedsGradients()
-
-
-def _refuse_autocast(gm: fx.GraphModule, devices: set[str]) -> None:
-    """What autocast does is done below the ops of the graph: rows would be kept under the name of another precision."""
-    devices = devices & {"cpu", "cuda"}
-    if any(map(torch.is_autocast_enabled, devices)):
-        raise errors.Autocast(detail="the model is called under autocast")
-    for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
-        device, dtype, enabled, *_ = node.args
-        if enabled and device in devices:
-            raise errors.Autocast(detail=f"the model enters autocast to {dtype}", source=source_of(node))
