@@ -132,6 +132,7 @@ class Fact:
         together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
             a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
+        rounded: its entries are the closed form but for rounding: nothing can be told of what they decide.
         support, fill: outside ``support`` an entry is ``fill``.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
     """
@@ -148,6 +149,7 @@ class Fact:
     sequence: bool = False
     together: Cause | None = None
     expr: sympy.Basic | None = None
+    rounded: bool = False
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
     valid: Boolean = field(default=sympy.true)

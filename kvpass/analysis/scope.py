@@ -51,6 +51,7 @@ class Parts:
     sequence: bool = False
     together: Cause | None = None
     expr: Value | None = None
+    rounded: bool = False
     support: Boolean = sympy.true
     fill: Fill | None = None
     valid: Boolean = sympy.true
@@ -169,6 +170,7 @@ class Scope:
             parts.context = parts.context or fact.context
             parts.sequence = parts.sequence or fact.sequence
             parts.together = parts.together or fact.together
+            parts.rounded = parts.rounded or fact.rounded
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -365,6 +367,7 @@ class Scope:
             sequence=parts.sequence,
             together=parts.together,
             expr=None if parts.expr is None else tidy(settle(parts.expr)),
+            rounded=parts.rounded,
             support=settle(parts.support),
             fill=parts.fill,
             valid=settle(parts.valid),

@@ -18,7 +18,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
-from kvpass.analysis import laws, shifts
+from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
@@ -271,8 +271,9 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
 def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = fact.expr
-    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(expr, fact.dtype)):
+    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node)):
         expr = None
+    fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr))
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=_leaf_value(node, fact) if small else None)
@@ -292,19 +293,26 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
 
 
-def _exact(expr: Value, dtype: torch.dtype) -> bool:
-    """True where a dtype holds the closed form without rounding or wrapping, for every length.
+def _exact(fact: Fact, expr: Value, node: fx.Node) -> bool:
+    """True where the dtype holds the closed form without wrapping, and nothing was decided by a number that is rounded.
 
     Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay.
-    (float32 counts to 2**24, more rows than a cache holds.)
     """
-    wide = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
-    if dtype in wide or dtype.is_complex or is_boolean(expr):
+    dtype = fact.dtype
+    if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)):
+        return False
+    if dtype in (torch.int32, torch.int64) and not is_boolean(expr):
+        return rounding.is_exact(expr, dtype)
+    if dtype in (torch.bool, torch.float32, torch.float64) or dtype.is_complex or is_boolean(expr):
         return True
     values = [value for value, _ in branches(expr)]
     if not all(value.is_number for value in values):
         return False
     return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
+
+
+def _rounds(fact: Fact, expr: Value) -> bool:
+    return fact.rounded or (fact.dtype in (torch.float32, torch.float64) and not rounding.is_exact(expr, fact.dtype))
 
 
 def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:

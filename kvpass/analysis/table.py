@@ -227,10 +227,17 @@ def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Bool
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
     elif used:
         parts.deps.add(row)
-    terms = sympy.And.make_args(op.scope.resolve(parts.valid))
-    mine = [term for term in terms if symbol(j) in term.free_symbols]
-    if mine and not implies(op.scope.resolve(support), sympy.And(*mine)):
-        why = f"{name_of(op.node)} reads rows whose own mask kept no key"
+    reads_rows(op, parts, [j], support)
+
+
+def reads_rows(op: Op, parts: Parts, labels: list[Label], support: Boolean = sympy.true) -> None:
+    """Rows are read, where ``support`` holds, by other rows: all that are read must mean something."""
+    scope = op.scope
+    terms = sympy.And.make_args(scope.resolve(parts.valid))
+    rows = {symbol(label) for label in labels}
+    mine = [term for term in terms if rows & term.free_symbols]
+    if mine and not implies(scope.resolve(support), sympy.And(*mine)):
+        why = f"{name_of(op.node)} reads rows whose own mask may have kept no key"
         parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
     parts.valid = sympy.And(*(term for term in terms if term not in mine))
 

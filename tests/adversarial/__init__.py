@@ -121,7 +121,12 @@ CASES: tuple[Case, ...] = (
         batches.CumsumOverBatch,
     ),
     *_cases(
-        "batch", (BATCH, UNKNOWN, FUTURE), batches.BatchStatistics, batches.NeighbourInBatch, batches.FirstTextForAll
+        "batch",
+        (BATCH, UNKNOWN, FUTURE),
+        batches.BatchStatistics,
+        batches.NeighbourInBatch,
+        batches.NeighbourJoined,
+        batches.FirstTextForAll,
     ),
     *_cases("chance", (CHANCE,), batches.Dropout, batches.Noise, batches.CoinFlips),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.coverage.base import DEPTH, Decoder, grid
@@ -106,6 +106,46 @@ class PaddedLeftFinite(PaddedLeft):
         return self.merge((q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v, layer)
 
 
+class PaddedLeftTwice(PaddedLeft):
+    """Later keys are hidden by minus infinity, padded ones by a large negative number."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        causal = torch.where(j <= i, 0.0, -torch.inf)
+        padding = torch.where(more[0].bool(), 0.0, -1e9)[:, None, None]
+        return self.merge(scaled_dot_product_attention(q, k, v, attn_mask=causal + padding), layer)
+
+    def meaningful(self, ids: Tensor) -> Tensor | None:
+        return None  # a padded row is the mean of the padded ones up to its own
+
+
+class PaddedRowsRead(PaddedLeftFinite):
+    """Behind it each row reads the one before it: a padded one, which is a mean over all keys, by a token."""
+
+    refused = "KV206"
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Tensor:
+        return super().leave(x + self.before(x), ids, *more)
+
+    def before(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class PaddedRowsJoined(PaddedRowsRead):
+    """The same as a join."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return torch.cat((x[:, :1] * 0, x[:, :-1]), 1)
+
+
+class PaddedRowsSummed(PaddedRowsRead):
+    """All rows before it."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
 class PaddedRight(Decoder):
     """`attention_mask`, padded on the right: the rows behind it see the text, and nobody sees them."""
 
@@ -164,6 +204,10 @@ MASKS = (
     Documents,
     PaddedLeft,
     PaddedLeftFinite,
+    PaddedLeftTwice,
+    PaddedRowsRead,
+    PaddedRowsJoined,
+    PaddedRowsSummed,
     PaddedRight,
     Prefix,
     PrefixOfAll,

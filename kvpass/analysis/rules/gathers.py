@@ -11,7 +11,7 @@ from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute
 from kvpass.analysis.facts import Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
-from kvpass.analysis.table import Op, Out, expression, name_of, rule
+from kvpass.analysis.table import Op, Out, expression, name_of, reads_rows, rule
 
 aten = torch.ops.aten
 
@@ -63,13 +63,9 @@ def _judge_where_read(op: Op, parts: Parts, label: Label, place: Value | None) -
     """An entry that is read at ``place`` means something where that one does."""
     terms = sympy.And.make_args(op.scope.resolve(parts.valid))
     mine = [term for term in terms if symbol(label) in term.free_symbols]
-    if not mine:
-        return
-    if place is None:
-        why = f"{name_of(op.node)} reads rows whose own mask may have kept no key"
-        parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
-        parts.valid = sympy.And(*(term for term in terms if term not in mine))
-    else:
+    if mine and place is None:
+        reads_rows(op, parts, [label])
+    elif mine:
         parts.valid = sympy.And(*(term.xreplace({symbol(label): place}) if term in mine else term for term in terms))
 
 

@@ -12,7 +12,7 @@ from kvpass import errors
 from kvpass.analysis.expressions import Value, boolean, branches, compare, join, number, simplify
 from kvpass.analysis.facts import ZERO, Atom, Expr, Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
-from kvpass.analysis.table import Op, Out, expression, rule
+from kvpass.analysis.table import Op, Out, expression, reads_rows, row_labels, rule
 
 aten = torch.ops.aten
 
@@ -39,6 +39,8 @@ def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> O
     for k in range(len(pieces[0].dims)):
         dims.append([] if k == axis else scope.broadcast_axis([(x, x.dims[k]) for x in pieces], ghosts))
     total = sympy.Add(*sizes)
+    if any(scope.atoms[k].kind is Kind.BATCH and scope.atoms[k].size != 1 for x in pieces for k in x.dims[axis]):
+        parts.batch = parts.batch or op.cause("sequences of the batch are put behind others", errors.MixesBatch)
     (new,) = scope.fresh(total) or [scope.new(Atom(Kind.FREE, total))]
     rows = scope.atoms[new].kind is Kind.SEQ
     offsets = [sympy.Add(*sizes[:k]) for k in range(len(sizes))]
@@ -57,6 +59,7 @@ def _shift_rows(op: Op, parts: Parts, pieces: list[Operand], axis: int, offsets:
     scope.full.add(new)
     for x, offset in zip(pieces, offsets, strict=True):
         x.everything |= set(x.dims[axis])
+        reads_rows(op, parts, row_labels(scope, x.dims[axis]))
         for label in x.dims[axis]:
             if scope.atoms[label].kind is not Kind.SEQ:
                 continue

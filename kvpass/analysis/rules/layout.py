@@ -14,7 +14,7 @@ from kvpass.analysis.expressions import apply, compare, join, number, simplify
 from kvpass.analysis.facts import ZERO, Atom, Expr, Fill, Kind, Shift
 from kvpass.analysis.rules.joins import moves_with_the_length
 from kvpass.analysis.scope import Dims, Label, Operand, quotient, symbol
-from kvpass.analysis.table import Op, Out, expression, rule
+from kvpass.analysis.table import Op, Out, expression, reads_rows, rule
 
 aten = torch.ops.aten
 
@@ -384,6 +384,7 @@ def pad(op: Op) -> Out:
             continue
         rows = [label for label in dims[axis] if scope.atoms[label].kind is Kind.SEQ]
         if rows:
+            reads_rows(op, out.parts, rows if before != 0 else [])
             out.dims[axis] = [_padded_rows(op, x, dims[axis], before, op.shape[axis])]
             if amounts[2 * k + 1] > 0:
                 (new,) = out.dims[axis]

@@ -19,6 +19,7 @@ from kvpass.analysis.table import (
     expression,
     keeps_a_key,
     name_of,
+    reads_rows,
     reduce_over,
     row_labels,
     rule,
@@ -342,6 +343,7 @@ def _running(op: Op, axis: int) -> Out:
         if scope.atoms[label].kind is Kind.BATCH and scope.atoms[label].size != 1:
             parts.batch = op.cause(f"{name_of(op.node)} runs over the sequences of a batch", errors.MixesBatch)
     rows = set(row_labels(scope, list(x.dims[axis])))
+    reads_rows(op, parts, list(rows))
     x.everything |= rows
     scope.full |= rows
     return Out(x.dims, parts, x.ghosts)

@@ -1,0 +1,96 @@
+"""Closed forms are exact, the numbers that a model computes are not: where do the two agree?
+
+A sum of whole numbers is exact in float32 up to 2**24, a multiple of 0.03 is not. What is decided by such a number (a
+mask that compares times in seconds, blocks of 0.8 seconds) may be decided otherwise than its closed form says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.functions.elementary.piecewise import Piecewise
+
+from kvpass.analysis.expressions import Value, branches
+
+ROWS = 1 << 18  # rows of a text for which closed forms are to hold
+_BITS = {torch.float32: 24, torch.float64: 53, torch.int32: 31, torch.int64: 63}
+_DECIDE = (
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "fix",
+    "frac",
+    "floor_divide",
+    "remainder",
+    "fmod",
+    "sign",
+    "sgn",
+    "heaviside",
+)
+
+
+class _Range(NamedTuple):
+    """A number of at most this magnitude that is a whole number of such parts of one."""
+
+    most: sympy.Rational
+    parts: int
+
+
+def is_exact(expr: Value, dtype: torch.dtype) -> bool:
+    """True where a dtype holds every branch of a closed form without rounding or wrapping, for up to `ROWS` rows."""
+    if dtype not in _BITS:
+        return False
+    return all(_fits(value, _BITS[dtype]) for value, _ in branches(expr))
+
+
+def decides(node: torch.fx.Node) -> bool:
+    """True of ops on floats whose result jumps."""
+    name = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.").rstrip("_")
+    return name in _DECIDE or bool(node.kwargs.get("rounding_mode"))
+
+
+def _fits(value: Value, bits: int) -> bool:
+    if not value.free_symbols and not value.atoms(AppliedUndef):
+        return True  # a number as it is: compared with whole numbers, its last bit does not matter
+    found = _range(value)
+    return found is not None and found.parts & (found.parts - 1) == 0 and found.most * found.parts <= 1 << bits
+
+
+def _range(value: Value) -> _Range | None:
+    if value.is_Symbol or isinstance(value, AppliedUndef):
+        return _Range(sympy.Integer(ROWS), 1)
+    if value.is_Number:
+        number = sympy.Rational(value) if value.is_finite else None
+        return None if number is None else _Range(abs(number), int(number.q))
+    if isinstance(value, Piecewise):
+        return _joined([_range(inner) for inner, _ in value.args])
+    inner = [_range(arg) for arg in value.args]
+    if any(x is None for x in inner):
+        return None
+    known = [x for x in inner if x is not None]
+    if isinstance(value, (sympy.Min, sympy.Max, sympy.Abs)):
+        return _joined(known)
+    if isinstance(value, (sympy.floor, sympy.ceiling)):
+        return _Range(known[0].most + 1, 1)
+    if isinstance(value, sympy.Mod):
+        return _Range(known[1].most, math.lcm(*(x.parts for x in known)))
+    if value.is_Add:
+        return _Range(sympy.Add(*(x.most for x in known)), math.lcm(*(x.parts for x in known)))
+    if value.is_Mul:
+        return _Range(sympy.Mul(*(x.most for x in known)), math.prod(x.parts for x in known))
+    if value.is_Pow and value.exp.is_Integer and value.exp > 0:
+        return _Range(known[0].most ** int(value.exp), known[0].parts ** int(value.exp))
+    return None
+
+
+def _joined(ranges: Sequence[_Range | None]) -> _Range | None:
+    known = [x for x in ranges if x is not None]
+    if len(known) < len(ranges):
+        return None
+    return _Range(sympy.Max(*(x.most for x in known)), math.lcm(*(x.parts for x in known)))
