@@ -125,8 +125,8 @@ class Defect(Refusal):
 
 class Autocast(Refusal):
     code = "KV111"
-    template = "{detail}: the graph does not say in which precision its ops run"
-    hint = "call model.to(dtype) instead; autocast(enabled=False) inside of the model is no hindrance"
+    template = "{detail}: in which precision it runs is not known"
+    hint = "call model.to(dtype) instead, or leave this op to autocast(enabled=False)"
 
 
 class UnknownOp(Refusal):

@@ -56,9 +56,9 @@ def graph_break(x: Tensor) -> Tensor:
     return x
 
 
-def half_precision(x: Tensor) -> Tensor:
+def mapped_in_half_precision(x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = x @ x.mT.tril() @ x
+        y = torch.vmap(lambda text: text @ text.mT)(x).tril() @ x
     return y.float()
 
 
@@ -206,11 +206,10 @@ REASONS = (
     ),
     Reason(
         "KV111",
-        "Autocast is on, inside of the model or around it: the graph holds the ops as they are written, and not in "
-        "which precision each of them runs.",
-        "Use `model.to(torch.bfloat16)`. `autocast(enabled=False)` inside of the model, as rotary embeddings have it, "
-        "is no hindrance.",
-        half_precision,
+        "Autocast is on, and what it does to an op cannot be seen by running that op alone (inside of `vmap`, in "
+        "`flex_attention`). Of all other ops it is seen, and written out.",
+        "Use `model.to(torch.bfloat16)`, or `autocast(enabled=False)` around that op.",
+        mapped_in_half_precision,
     ),
     Reason(
         "KV201",

@@ -154,19 +154,23 @@ class _Writer:
         Raises:
             Autocast: the op cannot be run alone.
         """
-        operands = _operands(node)
+        try:
+            return self._told(node, _operands(node), state)
+        except Exception as error:
+            detail = f"what autocast makes of {_name(node)} cannot be seen: {type(error).__name__}: {error}"
+            raise errors.Autocast(detail=detail.splitlines()[0], source=source_of(node)) from error
+
+    def _told(
+        self, node: fx.Node, operands: Sequence[fx.Node], state: State
+    ) -> dict[fx.Node, torch.dtype] | fx.GraphModule:
         place = {x: k for k, x in enumerate(operands)}
         key = (state, export.call(node, place.__getitem__), tuple(type_of(value_of(x)) for x in operands))
         values = [x.detach() if isinstance(x := value_of(operand), Tensor) else x for operand in operands]
-        try:
-            if key not in self.known:
-                casts = self._casts(node, operands, values, state)
-                self.known[key] = None if casts is None else tuple(casts.items())
-            found = self.known[key]
-            return self._traced(node, operands, values, state) if found is None else {operands[k]: t for k, t in found}
-        except Exception as error:
-            detail = f"what autocast makes of {_name(node)} is not known: {type(error).__name__}: {error}"
-            raise errors.Autocast(detail=detail.splitlines()[0], source=source_of(node)) from error
+        if key not in self.known:
+            casts = self._casts(node, operands, values, state)
+            self.known[key] = None if casts is None else tuple(casts.items())
+        found = self.known[key]
+        return self._traced(node, operands, values, state) if found is None else {operands[k]: t for k, t in found}
 
     def _casts(
         self, node: fx.Node, operands: Sequence[fx.Node], values: Sequence[Any], state: State
