@@ -91,9 +91,12 @@ class Kernel:
 
         Raises:
             MemoryError: no memory for scratch.
+            ValueError: queries of another shape: the kernel would write behind its result.
         """
         spec = self.spec
-        batch, heads, new, _ = query.shape
+        batch, heads, new, width = query.shape
+        if (heads, width) != (spec.heads, spec.head_size):
+            raise ValueError(f"queries {tuple(query.shape)} of a kernel for {spec.heads} heads of {spec.head_size}")
         if query.stride(3) != 1:
             query = query.contiguous()
         size = spec.value_size

@@ -348,7 +348,35 @@ class StreamsApart(Streams):
         return self.head(others.unflatten(1, (2, -1)))
 
 
+class LearnedQueries(Decoder):
+    """Learned queries, one copy for each text, attend to each other, and every row to what comes of that (Q-Former)."""
+
+    kernels = 2  # what the learned ones say to each other depends on no text
+    batches = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, HEADS, 3, DEPTH))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        learned = self.queries.expand(x.shape[0], -1, -1, -1)
+        memory = scaled_dot_product_attention(learned, learned, learned)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.merge(y + scaled_dot_product_attention(q, memory, memory), layer)
+
+
+class SmallestFloor(Decoder):
+    """The smallest number there is, as a tensor: no integer holds it."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = super().enter(ids)
+        return torch.maximum(x, torch.full(x.shape, torch.finfo(x.dtype).min))
+
+
 SCORES = (
+    LearnedQueries,
+    SmallestFloor,
     SoftCap,
     LearnedSink,
     SinkOfEveryRow,

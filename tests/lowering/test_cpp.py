@@ -231,6 +231,14 @@ def test_only_pages_that_matter_are_visited() -> None:
     assert not paged(inputs).isfinite().all()
 
 
+def test_queries_of_another_shape_are_refused() -> None:
+    inputs = Inputs(attention(heads=4, kv_heads=2), Shape(new=2, cached=5))
+    keys, values = Rows.dense(inputs.key), Rows.dense(inputs.value)
+    for query in (inputs.query[:, :2], inputs.query[..., :-1]):
+        with pytest.raises(ValueError, match="of a kernel for 4 heads"):
+            cpu.kernel(inputs.spec)(query, keys, values, inputs.shape.cached, inputs.shape.rows, inputs.reads)
+
+
 def test_shapes_that_are_refused() -> None:
     for spec in (attention(dtype=torch.float64), replace(attention(), softmax_dtype=torch.float64)):
         with pytest.raises(NotImplementedError):
