@@ -330,6 +330,127 @@ def test_a_session_of_a_decoder_behind_an_encoder() -> None:
         torch.testing.assert_close(both.logits, expected, rtol=1e-4, atol=1e-4)
 
 
+# -- what each text has of its own ----------------------------------------------------------------------------------
+
+
+class Conditioned(nn.Module):
+    """Each text has a context, or a scale; all texts share a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(
+        self, ids: Tensor, ctx: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        x = self.embed(ids)
+        if ctx is not None:
+            x = x + ctx[:, None]
+        if bias is not None:
+            x = x + bias
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        logits = self.head(x + y) * 5
+        return logits if scale is None else logits * scale[:, None, None]
+
+
+@pytest.fixture
+def conditioned() -> tuple[Any, Any]:
+    torch._dynamo.reset()
+    plain = Conditioned().eval()
+    return plain, kvpass.compile(plain, cache=kvpass.Cache("16MiB"), tiers="eager")
+
+
+@torch.no_grad()
+def continued(plain: Any, ids: Tensor, count: int, **kwargs: Tensor) -> list[int]:
+    for _ in range(count):
+        ids = torch.cat([ids, plain(ids[None], **kwargs)[0, -1].argmax().reshape(1)])
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("draft", [None, "prompt-lookup"])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_each_text_gets_its_own_part(conditioned: tuple[Any, Any], draft: Any, uneven: bool) -> None:
+    """Whether it runs in the batch, alone with a draft, or alone because it is the shortest or the last."""
+    plain, fast = conditioned
+    ids, ctx, bias = prompt(5, batch=3), torch.randn(3, 16), torch.randn(16)
+    prompts = [ids[0], ids[1, :3], ids[2]] if uneven else list(ids)
+    own = [continued(plain, text, 6, ctx=ctx[k : k + 1], bias=bias) for k, text in enumerate(prompts)]
+    found = kvpass.generate(fast, prompts, 6, draft=draft, ctx=ctx, bias=bias)
+    assert [text.tolist() for text in found] == own
+
+
+def test_equal_texts_have_contexts_of_their_own(conditioned: tuple[Any, Any]) -> None:
+    """The first text ends, and what is left has the ids that it had."""
+    plain, fast = conditioned
+    ids, ctx = prompt(5)[0], torch.randn(2, 16) * 3
+    own = [continued(plain, ids, 6, ctx=ctx[k : k + 1])[5:] for k in range(2)]
+    made = kvpass.generate(fast, [ids, ids], 6, ctx=ctx, eos_token_id=own[0][0], details=True).tokens
+    end = own[1].index(own[0][0]) + 1 if own[0][0] in own[1] else 6
+    assert made == [own[0][:1], own[1][:end]]
+
+
+@torch.no_grad()
+def test_a_shared_argument_that_is_as_long_as_the_batch_by_chance(conditioned: tuple[Any, Any]) -> None:
+    plain, fast = conditioned
+    bias, order = torch.randn(16), list(reversed(range(16)))
+    session = kvpass.open(fast, prompt(6, batch=16), bias=bias)
+    with pytest.raises(kvpass.errors.InputError, match=r"per_text=\['bias'\]"):
+        session.reorder(order)
+    session = kvpass.open(fast, prompt(6, batch=16), bias=bias, per_text=[])
+    session.reorder(order).extend(3)
+    torch.testing.assert_close(session.logits, plain(session.ids, bias=bias)[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_number_of_each_text(conditioned: tuple[Any, Any]) -> None:
+    plain, fast = conditioned
+    scale = torch.tensor([1.0, 2.0])
+    session = kvpass.open(fast, prompt(6, batch=2), scale=scale, per_text=["scale"])
+    session.reorder([1, 0, 0]).extend(3)
+    expected = plain(session.ids, scale=scale[[1, 0, 0]])[:, -1:]
+    torch.testing.assert_close(session.logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(kvpass.errors.InputError, match="no argument"):
+        kvpass.open(fast, prompt(6, batch=2), per_text=["scale"])
+    with pytest.raises(kvpass.errors.InputError, match="no entry for each"):
+        kvpass.open(fast, prompt(6, batch=2), bias=torch.randn(16), per_text=["bias"])
+
+
+@torch.no_grad()
+def test_a_shared_argument_stays_one_when_the_batch_has_grown(conditioned: tuple[Any, Any]) -> None:
+    plain, fast = conditioned
+    bias = torch.randn(16)
+    session = kvpass.open(fast, prompt(6, batch=2), bias=bias).fork(8)
+    session.extend(3, bias=bias)
+    session.reorder(list(reversed(range(16)))).extend(4)
+    torch.testing.assert_close(session.logits, plain(session.ids, bias=bias)[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_whose_memory_is_used_again(conditioned: tuple[Any, Any]) -> None:
+    _, fast = conditioned
+    ids = prompt(6, batch=2)
+    held = ids.clone()
+    session = kvpass.open(fast, ids)
+    ids.zero_()
+    session.extend(5)
+    assert torch.equal(session.ids[:, :6], held)
+
+
+@torch.no_grad()
+def test_logits_after_going_back(conditioned: tuple[Any, Any]) -> None:
+    plain, fast = conditioned
+    session = kvpass.open(fast, prompt(6, batch=2))
+    session.extend([3, 4, 5])
+    session.rewind(2)
+    many = session.fork(2)
+    torch.testing.assert_close(session.logits[:, -1], plain(session.ids)[:, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(many.logits[:, -1], plain(many.ids)[:, -1], rtol=1e-4, atol=1e-4)
+    session.close()
+    with pytest.raises(kvpass.errors.InputError, match="closed"):
+        _ = session.logits
+
+
 # -- speculation -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpass import errors
+from kvpass.generation.arguments import Arguments
 from kvpass.generation.sampling import Processor, Sampling, generators, stops
 from kvpass.generation.session import Session, compiled, quiet, takes
 from kvpass.generation.speculate import Draft, accept, draft_of
@@ -59,12 +60,13 @@ class _Loop:
         stop: Any,
         seed: int | None,
         kwargs: dict[str, Any],
+        per_text: Collection[str] | None,
     ) -> None:
         if count < 0:
             raise errors.InputError(f"max_new_tokens must be at least 0, but it is {count}")
         self.model, self.count, self.sampling, self.ends = model, count, sampling, set(ends)
         self.forward, self.stops = compiled(model), stops(stop)
-        self.kwargs = {**quiet(model), **kwargs}
+        self.given = Arguments.of({**quiet(model), **kwargs}, len(prompts), per_text)
         self.texts = [
             _Text(number, ids, own)
             for number, (ids, own) in enumerate(zip(prompts, generators(len(prompts), seed), strict=True))
@@ -77,17 +79,19 @@ class _Loop:
         Texts of one length are a batch. The shortest ones go first, so that they catch up with the others: no row is
         padded, and each text is what it would be alone.
         """
-        last = takes(self.model, "logits_to_keep") and "logits_to_keep" not in self.kwargs
-        kwargs = self.kwargs | ({"logits_to_keep": 1} if last else {})
+        last = takes(self.model, "logits_to_keep") and "logits_to_keep" not in self.given.values
+        given = self.given.replaced({"logits_to_keep": 1} if last else {})
         session: Session | None = None
+        held: list[int] = []
         while waiting := [text for text in self.texts if not text.done and len(text.made) < self.count]:
             least = min(len(text.ids) for text in waiting)
             now = [text for text in waiting if len(text.ids) == least]
             ids = torch.stack([text.ids for text in now])
-            if session is not None and session.length == least - 1 and torch.equal(session.ids, ids[:, :-1]):
+            numbers = [text.number for text in now]
+            if session is not None and numbers == held and session.length == least - 1:
                 session.extend(ids[:, -1:])
             else:
-                session = Session(self.forward, ids, None, kwargs)
+                session, held = Session(self.forward, ids, None, given.picked(numbers)), numbers
             self.calls += 1
             for text, logits in zip(now, session.logits[:, -1], strict=True):
                 token = self.sampling.choose(text.ids, logits, text.generator)
@@ -105,7 +109,7 @@ class _Loop:
         left = min(ahead, self.count - len(text.made) - 1)
         proposals = draft.propose(text.ids, left, self.sampling, text.generator) if left else []
         ids = torch.cat([text.ids, text.ids.new_tensor([token for token, _ in proposals])])
-        session = Session(self.forward, ids.unsqueeze(0), None, self.kwargs)
+        session = Session(self.forward, ids.unsqueeze(0), None, self.given.picked([text.number]))
         self.calls += 1
         rows = session.logits[0, -(len(proposals) + 1) :]
         if len(rows) <= len(proposals):
@@ -171,6 +175,7 @@ def generate(
     draft: Any = None,
     k: int = 4,
     details: bool = False,
+    per_text: Collection[str] | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Continue prompts.
@@ -190,6 +195,8 @@ def generate(
         attention_mask: ``[B, T]``, zero where ``input_ids`` is padded; padding is cut off.
         draft: a smaller model, or "prompt-lookup": proposes ``k`` tokens at a time.
         details: return a `Generation` instead.
+        per_text: names of ``model_kwargs`` whose tensors have an entry for each prompt; by default tensors of whole
+            numbers, or of several axes, with as many entries as there are prompts.
         **model_kwargs: of every call of the model.
 
     Returns:
@@ -201,7 +208,8 @@ def generate(
     loop, tokens = _begun(
         model, input_ids, max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, eos_token_id=eos_token_id, stop=stop, seed=seed,
-        logits_processor=logits_processor, attention_mask=attention_mask, draft=draft, k=k, **model_kwargs,
+        logits_processor=logits_processor, attention_mask=attention_mask, draft=draft, k=k, per_text=per_text,
+        **model_kwargs,
     )  # fmt: skip
     if streamer is not None:
         streamer.put(_only(loop, "a streamer").unsqueeze(0))
@@ -246,13 +254,14 @@ def _begun(
     attention_mask: Any = None,
     draft: Any = None,
     k: int = 4,
+    per_text: Collection[str] | None = None,
     **options: Any,
 ) -> tuple[_Loop, Iterator[tuple[int, int]]]:
     """A loop, and the number of a prompt with its next token, as they come."""
     chosen = {f.name: options.pop(f.name) for f in fields(Sampling) if f.name in options}
     sampling = Sampling(**chosen, processors=tuple(logits_processor))
     prompts = _prompts(input_ids, attention_mask)
-    loop = _Loop(model, prompts, count, sampling, _ends(eos_token_id), stop, seed, options)
+    loop = _Loop(model, prompts, count, sampling, _ends(eos_token_id), stop, seed, options, per_text)
     if draft is None:
         return loop, loop.run()
     if k < 1:

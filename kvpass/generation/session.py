@@ -7,16 +7,16 @@ computed a later call finds, and the other way round, since both are the same ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kvpass import errors
 from kvpass.frontend.api import mark_growing
+from kvpass.generation.arguments import Arguments
 
 
 class Session:
@@ -24,12 +24,20 @@ class Session:
 
     Attributes:
         ids: ``[B, T]``, all tokens so far.
-        logits: what the model said of the last rows, ``[B, R, V]``.
     """
 
-    def __init__(self, forward: Callable[..., Any], ids: Tensor, name: str | None, kwargs: Mapping[str, Any]) -> None:
-        self._forward, self._name, self._kwargs = forward, name, dict(kwargs)
-        self.ids, self.logits = ids, self._logits(ids, self._kwargs)
+    def __init__(self, forward: Callable[..., Any], ids: Tensor, name: str | None, given: Arguments) -> None:
+        self._forward, self._name, self._given = forward, name, given
+        self.ids = ids
+        self._said: Tensor | None = self._logits(ids, given)
+
+    @property
+    def logits(self) -> Tensor:
+        """What the model says of the last rows, ``[B, R, V]``; after `rewind` it is asked again when this is read."""
+        ids = self._open_ids()
+        if self._said is None:
+            self._said = self._logits(ids, self._given)
+        return self._said
 
     @property
     def length(self) -> int:
@@ -54,10 +62,10 @@ class Session:
         if new.shape[0] not in (1, held.shape[0]) or not new.shape[1]:
             raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {held.shape[0]} texts")
         longer = torch.cat([held, new.expand(held.shape[0], -1)], dim=1)
-        given = {**self._kwargs, **kwargs}
-        logits = self._logits(longer, given)  # raises before anything has changed
-        self.ids, self._kwargs, self.logits = longer, given, logits[:, -new.shape[1] :]
-        return self.logits
+        given = self._given.replaced(kwargs)
+        logits = self._logits(longer, given)[:, -new.shape[1] :]  # raises before anything has changed
+        self.ids, self._given, self._said = longer, given, logits
+        return logits
 
     def rewind(self, rows: int) -> Self:
         """Forget the last rows; what the cache holds of them stays there.
@@ -67,23 +75,32 @@ class Session:
         """
         if not 0 <= rows < self._open_ids().shape[1]:
             raise errors.InputError(f"{rows} rows back from {self.length}: at least one stays")
-        self.ids = self.ids[:, : self.length - rows]
+        if rows:
+            self.ids, self._said = self.ids[:, : self.length - rows], None
         return self
 
     def fork(self, k: int) -> Session:
-        """A session with ``k`` copies of each text, side by side; this one stays as it is."""
+        """A session with ``k`` copies of each text, side by side; this one stays as it is.
+
+        Raises:
+            InputError: nothing says whether an argument has an entry for each text (``per_text`` of `open`).
+        """
         return self._picked(torch.arange(self._open_ids().shape[0]).repeat_interleave(k))
 
     def reorder(self, rows: Tensor | Sequence[int]) -> Self:
-        """Texts by their numbers, in the order given; any may come several times or not at all."""
+        """Texts by their numbers, in the order given; any may come several times or not at all.
+
+        Raises:
+            InputError: as in `fork`.
+        """
         other = self._picked(torch.as_tensor(rows))
-        self.ids, self.logits, self._kwargs = other.ids, other.logits, other._kwargs
+        self.ids, self._said, self._given = other.ids, other._said, other._given
         return self
 
     def close(self) -> None:
         """Let go of everything; the rows stay in the cache."""
-        self._kwargs = {}
-        del self.ids, self.logits
+        self._given, self._said = Arguments({}, 0), None
+        del self.ids
 
     def _open_ids(self) -> Tensor:
         ids: Tensor | None = getattr(self, "ids", None)
@@ -92,19 +109,14 @@ class Session:
         return ids
 
     def _picked(self, rows: Tensor) -> Session:
-        batch, rows = self._open_ids().shape[0], rows.to(self.ids.device)
-
-        def pick(x: Any) -> Any:
-            mine = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch
-            return x[rows.to(x.device)] if mine else x
-
+        rows = rows.to(self._open_ids().device)
         other = object.__new__(Session)
-        other._forward, other._name = self._forward, self._name
-        other._kwargs = pytree.tree_map(pick, self._kwargs)
-        other.ids, other.logits = self.ids[rows], self.logits[rows]
+        other._forward, other._name, other._given = self._forward, self._name, self._given.picked(rows)
+        other.ids, other._said = self.ids[rows], None if self._said is None else self._said[rows]
         return other
 
-    def _logits(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    def _logits(self, ids: Tensor, given: Arguments) -> Tensor:
+        kwargs = given.values
         mark_growing(ids, kwargs)
         with torch.no_grad():
             if self._name is None:
@@ -125,7 +137,13 @@ class Session:
 
 
 def open(
-    model: Callable[..., Any], input_ids: Tensor | Sequence[int], /, *, ids_name: str | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    input_ids: Tensor | Sequence[int],
+    /,
+    *,
+    ids_name: str | None = None,
+    per_text: Collection[str] | None = None,
+    **kwargs: Any,
 ) -> Session:
     """Begin a session with a prompt, whose rows are computed where the cache does not have them.
 
@@ -134,7 +152,9 @@ def open(
         input_ids: ``[B, T]``, or ``[T]`` for one text.
         ids_name: by which keyword the model takes the ids, ``decoder_input_ids`` for one, beside ``input_ids=`` for its
             encoder; by default they are its first argument.
-        **kwargs: of every call of the model.
+        per_text: names of keywords whose tensors have an entry for each text, which `Session.fork` and
+            `Session.reorder` take along; by default those of whole numbers or of several axes, whose first size is ``B``.
+        **kwargs: of every call of the model; read anew in each.
 
     Raises:
         InputError: there is no token, or the model returns no logits.
@@ -142,7 +162,8 @@ def open(
     ids = _texts(torch.as_tensor(input_ids))
     if ids.dim() != 2 or not ids.numel():
         raise errors.InputError(f"a prompt is [B, T] with at least one token, not {tuple(ids.shape)}")
-    return Session(compiled(model), ids, ids_name, {**quiet(model), **kwargs})
+    given = Arguments.of({**quiet(model), **kwargs}, ids.shape[0], per_text)
+    return Session(compiled(model), ids.clone(), ids_name, given)
 
 
 def _texts(ids: Tensor) -> Tensor:

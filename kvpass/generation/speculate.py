@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpass import errors
+from kvpass.generation.arguments import Arguments
 from kvpass.generation.sampling import Sampling, draw
 from kvpass.generation.session import Session, compiled, quiet, takes
 
@@ -41,7 +42,7 @@ class ModelDraft:
 
     def propose(self, ids: Tensor, count: int, sampling: Sampling, generator: torch.Generator) -> Proposals:
         made: Proposals = []
-        session = Session(self._forward, ids.unsqueeze(0), None, self._kwargs)
+        session = Session(self._forward, ids.unsqueeze(0), None, Arguments.of(self._kwargs, 1))
         while True:
             chances = sampling.chances(session.ids[0], session.logits[0, -1])
             made.append((draw(chances, generator), chances))
