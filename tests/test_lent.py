@@ -43,6 +43,40 @@ def test_every_result_is_the_callers_own() -> None:
         torch.testing.assert_close(fast(ids), model(ids))
 
 
+class Behind(Model):
+    """The logits are a slice of what is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.prefix.expand(ids.shape[0], -1, -1), self.embed(ids)], 1).unsqueeze(1)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.out(y.squeeze(1)[:, 3:])
+
+
+class Sliced(Behind):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.prefix.expand(ids.shape[0], -1, -1), self.embed(ids)], 1).unsqueeze(1)
+        return self.out(nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1))[:, 3:]
+
+
+@pytest.mark.parametrize("tiers", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", [Behind, Sliced])
+def test_results_have_no_holes_where_the_models_have_none(kind: type[Model], tiers: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = kind().eval()
+    fast = kvpass.compile(model, cache=kvpass.Cache(capacity="8MiB", page_size=4), tiers=tiers)
+    ids = torch.randint(0, 16, (2, 20))
+    with torch.no_grad():
+        for length in (5, 6, 7, 12, 9, 20):
+            result, want = fast(ids[:, :length].contiguous()), model(ids[:, :length])
+            torch.testing.assert_close(result, want)
+            assert result.is_contiguous() or not want.is_contiguous()
+
+
 def test_rows_that_the_lender_has_are_not_copied_again() -> None:
     lender = Lender(axis=1)
     rows = torch.randn(1, 100, 3)

@@ -153,7 +153,8 @@ def open(
         ids_name: by which keyword the model takes the ids, ``decoder_input_ids`` for one, beside ``input_ids=`` for its
             encoder; by default they are its first argument.
         per_text: names of keywords whose tensors have an entry for each text, which `Session.fork` and
-            `Session.reorder` take along; by default those of whole numbers or of several axes, whose first size is ``B``.
+            `Session.reorder` take along; by default those of whole numbers or of several axes whose first size is
+            ``B``.
         **kwargs: of every call of the model; read anew in each.
 
     Raises:

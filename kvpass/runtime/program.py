@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
+from kvpass.analysis.sweep import sym
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
 from kvpass.ir import Captured, Role
 from kvpass.kernels.reference import evaluate
@@ -37,13 +39,18 @@ Outputs = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Bound:
-    """An incremental graph with its slots named for one set of weights."""
+    """An incremental graph with its slots named for one set of weights.
+
+    Attributes:
+        dense: outputs that the model itself returns without holes, which a slice of stored rows has.
+    """
 
     incremental: Incremental
     keys: Keys
     weights: Weights
     table: SlotTable
     lenders: Mapping[int, Lender]
+    dense: frozenset[int]
     module: fx.GraphModule
     hoisted: Hoisted | None
     remembered: Remembered
@@ -65,6 +72,8 @@ class Bound:
             if isinstance(value, torch.Tensor) and storage_of(value) in kept:  # read in place
                 lender = self.lenders.get(k)
                 owned[k] = value.clone() if lender is None else lender.lend(value, context, rows[0])
+            if k in self.dense:
+                owned[k] = owned[k].contiguous()
         return tuple(owned)
 
 
@@ -78,6 +87,21 @@ def _lenders(plan: Plan) -> dict[int, Lender]:
         for k, slot in enumerate(slots)
         if slot is not None and not slot.before and slot.node.meta["val"].device.type == "cpu"
     }
+
+
+def _dense(plan: Plan) -> frozenset[int]:
+    outputs = {k: n.meta["val"] for k, n in enumerate(plan.analyzed.outputs) if isinstance(n, fx.Node)}
+    return frozenset(k for k, value in outputs.items() if isinstance(value, torch.Tensor) and _is_contiguous(value))
+
+
+def _is_contiguous(value: torch.Tensor) -> bool:
+    """For sizes of which nothing is known; `Tensor.is_contiguous` would guard them."""
+    wanted: sympy.Expr = sympy.Integer(1)
+    for size, stride in zip(map(sym, reversed(value.shape)), map(sym, reversed(value.stride())), strict=True):
+        if size != 1 and sympy.expand(stride - wanted) != 0:
+            return False
+        wanted = wanted * size
+    return True
 
 
 class Program:
@@ -231,7 +255,9 @@ class Program:
         else:
             module = lazily(incremental.module if hoisted is None else hoisted.step)
             steps = Steps(self.captured, module, len(plan.slots), self._tiers, self._compare)
-        return Bound(incremental, keys, weights, table, _lenders(plan), steps.module, hoisted, remembered, steps)
+        return Bound(
+            incremental, keys, weights, table, _lenders(plan), _dense(plan), steps.module, hoisted, remembered, steps
+        )
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
