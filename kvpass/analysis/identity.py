@@ -59,6 +59,7 @@ class _Hasher:
         self.ordinal = {i.name: k for k, i in enumerate(captured.of(Role.SEQUENCE))}
         self.ordinal |= {i.name: k for k, i in enumerate(captured.of(Role.CONTEXT))}
         self.found: dict[fx.Node, bytes] = {}
+        self.batches = {} if captured.batch.free_symbols else _batches(analyzed)
         self.leaves = analyzed.leaves
 
     def visit(self, node: fx.Node) -> None:
@@ -69,30 +70,40 @@ class _Hasher:
         elif node.op == "get_attr":
             parts = ["constant", digest_of(attribute(self.analyzed.captured.module, str(node.target)))]
         elif expr is not None and not self._is_leaf(node, expr):
-            parts = ["index", sympy.srepr(self.form(fact, expr))]
+            parts = ["index", sympy.srepr(self.form(node, fact, expr))]
         else:
             skip = node.target in _SIZED
             parts = [str(node.target), self.argument(node.args, skip), self.argument(node.kwargs, skip)]
-        signature = "|".join(_axis(dim, self.rename) for dim in fact.dims)
+        signature = "|".join(self.axis(node, fact, d) for d in range(len(fact.dims)))
         text = repr((*parts, signature, str(fact.dtype)))
         self.found[node] = hashlib.sha256(text.encode()).digest()
 
     def _is_leaf(self, node: fx.Node, expr: sympy.Basic) -> bool:
         return any(leaf.func.__name__ == leaf_name(node.name) for leaf in expr.atoms(AppliedUndef))
 
-    def form(self, fact: Fact, expr: sympy.Basic) -> sympy.Basic:
+    def is_batch(self, node: fx.Node, k: int, atom: Atom) -> bool:
+        return atom.kind is Kind.BATCH or k in self.batches.get(node, ())
+
+    def axis(self, node: fx.Node, fact: Fact, d: int) -> str:
+        atoms = [(k, fact.atoms[k]) for k in fact.flat(d)]
+        kept = [a for k, a in atoms if a.size != 1 and not self.is_batch(node, k, a)]
+        return ".".join(f"{a.kind.value}:{a.size.xreplace(self.rename)}:{a.start.xreplace(self.rename)}" for a in kept)
+
+    def form(self, node: fx.Node, fact: Fact, expr: sympy.Basic) -> sympy.Basic:
         """A closed form in which leaf functions go by the identity of their node.
 
         The place in the batch does not enter: in one sequence it is 0, in several it is the row's own.
         """
-        free = [k for k, atom in enumerate(fact.atoms) if atom.kind is not Kind.BATCH and atom.size != 1]
+        free = [k for k, atom in enumerate(fact.atoms) if atom.size != 1 and not self.is_batch(node, k, atom)]
         names = {index(k): sympy.Symbol(f"a{n}") for n, k in enumerate(free)} | self.rename
 
         def named(leaf: AppliedUndef) -> sympy.Basic:
             node = self.leaves[leaf.func.__name__]
             atoms = self.analyzed.fact(node).atoms
             kept = [
-                arg.xreplace(names) for arg, atom in zip(leaf.args, atoms, strict=True) if atom.kind is not Kind.BATCH
+                arg.xreplace(names)
+                for k, (arg, atom) in enumerate(zip(leaf.args, atoms, strict=True))
+                if not self.is_batch(node, k, atom)
             ]
             return sympy.Function(self.found[node].hex())(*kept)
 
@@ -117,9 +128,41 @@ class _Hasher:
         return None if skip_numbers and isinstance(value, int) else repr(value)
 
 
-def _axis(dim: tuple[Atom, ...], rename: dict[Any, Any]) -> str:
-    kept = [a for a in dim if a.kind is not Kind.BATCH and a.size != 1]
-    return ".".join(f"{a.kind.value}:{a.size.xreplace(rename)}:{a.start.xreplace(rename)}" for a in kept)
+def _batches(analyzed: Analyzed) -> dict[fx.Node, frozenset[int]]:
+    """Where the size of the batch is a number: the atoms of that size that are the batch, though nothing but their use
+    says so.
+
+    Such an atom repeats one entry, and all that reads it carries it on until it meets the batch. One that something
+    reduces, returns or merges is another axis, whose size is part of the value.
+    """
+    found: dict[fx.Node, frozenset[int]] = {}
+    batch = analyzed.captured.batch
+    for node in reversed(list(analyzed.steps)):
+        fact = analyzed.fact(node)
+        few = {k for k, atom in enumerate(fact.atoms) if atom.kind is Kind.FREE and atom.size == batch and atom.bcast}
+        if fact.expr is not None:
+            few = {k for k in few if not fact.expr.has(index(k))}
+        kept = frozenset(k for k in few if batch != 1 and k < fact.real and _meets_batch(analyzed, node, k, found))
+        if kept:
+            found[node] = kept
+    return found
+
+
+def _meets_batch(analyzed: Analyzed, node: fx.Node, k: int, found: Mapping[fx.Node, frozenset[int]]) -> bool:
+    for user in node.users:
+        step = analyzed.steps.get(user)
+        if step is None or len(step.facts) != 1 or node not in step.operands:
+            return False
+        for operand, links in zip(step.operands, step.links, strict=True):
+            to = links[k] if operand is node else None
+            if operand is not node:
+                continue
+            if to is None or to in step.full:
+                return False
+            atom = step.fact.atoms[to]
+            if atom.size != analyzed.captured.batch or not (atom.kind is Kind.BATCH or to in found.get(user, ())):
+                return False
+    return bool(node.users)
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
