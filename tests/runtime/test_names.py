@@ -73,3 +73,30 @@ def test_a_number_of_copies_that_rows_are_made_of_is_in_the_name(name: str) -> N
     """Each graph has a batch of fixed size, and rows of one are not those of the other."""
     computed = computed_for(OTHERS[name], 3, 2)
     assert computed == [33, 22]
+
+
+UNEVEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "cumsum": lambda y: y.cumsum(0),
+    "cumprod": lambda y: y.cumprod(0),
+    "logcumsumexp": lambda y: y.logcumsumexp(0),
+    "cummax": lambda y: y.cummax(0).indices.float(),
+    "triu": lambda y: y.squeeze(1).triu().unsqueeze(1),
+    "diff": lambda y: torch.diff(y, dim=0, prepend=y.new_zeros(1, 1, 8)),
+    "layer norm": lambda y: nn.functional.layer_norm(y, y.shape, torch.arange(8.0 * y.shape[0]).view(y.shape)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_copies_that_an_op_makes_different_differ_by_the_place_in_the_batch(name: str, dynamic: bool) -> None:
+    """A text that comes back at another place is another row."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Model(lambda x, start: shifted(x, UNEVEN[name](start.expand(x.shape[0], 1, 8)))).eval()
+    options = {"cache": kvpass.Cache("8MiB", page_size=4), "tiers": "eager"}
+    compiled = torch.compile(model, backend="kvpass", dynamic=True, options=options)
+    fast = compiled if dynamic else kvpass.compile(model, **options)
+    ids = torch.randint(0, 16, (2, 12))
+    with torch.no_grad():
+        for given in (ids[:, :9], ids[:, :10], ids.flip(0)[:, :11], ids[:1].expand(2, -1)[:, :11].contiguous()):
+            torch.testing.assert_close(fast(given), model(given))

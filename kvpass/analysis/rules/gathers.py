@@ -105,6 +105,7 @@ def scatter(op: Op) -> Out:
             _lose(op, parts, label, operand)
             _judge_where_read(op, parts, label, None)
             operand.everything.add(label)
+        scope.differ(operand.dims[axis])
     dims: Dims = []
     for k in range(len(x.dims)):
         given = [(operand, operand.dims[k]) for operand in op.operands]

@@ -308,6 +308,7 @@ def diff(op: Op) -> Out:
         {label} if scope.deps(x) or scope.deps(prepend) else set()
     )
     scope.full.add(label)
+    scope.differ([label])
     dims = [
         dim if k == axis else scope.broadcast_axis([(x, x.dims[k]), (prepend, prepend.dims[k])], [])
         for k, dim in enumerate(x.dims)
@@ -338,6 +339,7 @@ def _triangle(op: Op, keep: Any) -> Out:
     i, j = (symbol(dim[0]) if len(dim) == 1 else ZERO for dim in x.dims[-2:])
     if any(len(dim) > 1 for dim in x.dims[-2:]):
         raise errors.UnsupportedShape(detail="a triangle is cut from a merged axis")
+    scope.differ([label for dim in x.dims[-2:] for label in dim])
     kept = keep(i, j, sympy.sympify(op.arg(1, "diagonal", 0)))
     out = _same(op, x.dims)
     value = expression(x, scope)

@@ -169,6 +169,7 @@ def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any)
     reduce_over(op, parts, [x for x in labels if op.scope.atoms[x].size != 1], rest, _LOW)
     op.operands[0].everything |= set(row_labels(op.scope, labels))
     op.scope.full |= set(row_labels(op.scope, labels))
+    op.scope.differ(labels)
     parts.support, parts.fill = sympy.true, None
 
 
@@ -216,6 +217,7 @@ def instance_norm(op: Op) -> Out:
     x = op.operands[0]
     parts = op.gather()
     _mix(op, parts, [label for dim in x.dims[2:] for label in dim], [*x.dims[0], *x.dims[1]], None)
+    op.scope.differ(x.dims[1])  # by their weights
     return Out(x.dims, parts, x.ghosts)
 
 
@@ -224,6 +226,7 @@ def batch_statistics(op: Op) -> list[Out]:
     """The result, and the mean and the scale of each channel, over all rows and texts."""
     x, parts = op.operands[0], op.gather()
     _mix(op, parts, [label for k, dim in enumerate(x.dims) if k != 1 for label in dim], list(x.dims[1]), None)
+    op.scope.differ(x.dims[1])
     return [Out(dims, parts, x.ghosts) for dims in (x.dims, [x.dims[1]], [x.dims[1]])]
 
 
@@ -346,6 +349,7 @@ def _running(op: Op, axis: int) -> Out:
     reads_rows(op, parts, list(rows))
     x.everything |= rows
     scope.full |= rows
+    scope.differ(x.dims[axis])
     return Out(x.dims, parts, x.ghosts)
 
 
