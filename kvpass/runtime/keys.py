@@ -32,12 +32,14 @@ class Keys:
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
         self.forms = captured.of(Role.FORM)
+        behind = captured.module.graph.nodes if plan is None else ancestry(*(slot.node for slot in plan.slots))
+        read = {node.name for node in behind}
+        self._contexts_of_rows = [i for i in self.contexts if i.name in read]
+        self._other_contexts = [i for i in self.contexts if i.name not in read]
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
-        self.signature = repr(head).encode()
+        self.signature = repr((head, [i in self._contexts_of_rows for i in self.contexts])).encode()
         self.numbers = _free_numbers(captured, captured.module.graph.nodes)
-        self._of_rows = (
-            self.numbers if plan is None else _free_numbers(captured, ancestry(*(slot.node for slot in plan.slots)))
-        )
+        self._of_rows = _free_numbers(captured, behind)
         first = self.sequences[0]
         self._first, self._axis = first.index, first.seq_axes[0]
         self._lead = captured.lead
@@ -80,7 +82,7 @@ class Keys:
             length += lead
         if self.together:
             tables.append(_place(self.hoisting(args), batch, length))
-        for given in () if self.together else self.contexts:
+        for given in () if self.together else self._contexts_of_rows:
             if given.batch_axis is not None:
                 tables.append(_own_context(args[given.index], batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
@@ -101,9 +103,9 @@ class Keys:
         return np.broadcast_to(each, (batch, length, 32))
 
     def context(self, args: Sequence[Any]) -> bytes:
-        """Digest of what the whole batch shares."""
+        """Digest of what the whole batch shares, and rows that are stored are made of."""
         digest = hashlib.sha256(self.signature + f"{self.lead(args)}".encode())
-        for given in self.contexts:
+        for given in self._contexts_of_rows:
             if given.batch_axis is None:
                 digest.update(tensor_bytes(args[given.index]))
         for symbol, k in self._of_rows:
@@ -121,7 +123,7 @@ class Keys:
         for symbol, k in self.numbers:
             digest.update(f"{symbol}={args[k]};".encode())
         for given in self.contexts:
-            if given.batch_axis is not None:
+            if given.batch_axis is not None or given in self._other_contexts:
                 digest.update(tensor_bytes(args[given.index]))
         return digest.digest()
 

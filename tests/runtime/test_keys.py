@@ -72,3 +72,27 @@ def test_every_sequence_input_is_part_of_it_from_its_row_on() -> None:
 def test_context_and_numbers_are_part_of_every_row() -> None:
     assert reused_after(put("style", 0, 9.0)) == 0
     assert reused_after(replace("factor", lambda x: x + 1)) == 0
+
+
+class Answered(Model):
+    """The answer alone reads a bias of each text, one of the batch, and a temperature."""
+
+    def forward(self, ids: Tensor, bias: Tensor, shared: Tensor, heat: Tensor, own: Tensor) -> Tensor:
+        x = (self.embed(ids) + self.style(own)[:, None]).unsqueeze(1)
+        logits = self.out(sdpa(x, x, x, is_causal=True)[:, 0, -1])
+        return (logits + self.out(self.style(bias)) + shared) / heat
+
+
+def test_what_the_answer_alone_reads_is_no_part_of_a_row() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids, cache = Answered().eval(), torch.randint(0, 16, (2, 12)), kvpass.Cache("8MiB", page_size=4)
+    fast = torch.compile(model, backend="kvpass", dynamic=True, options={"cache": cache})
+    args = {"bias": torch.randn(2, 3), "shared": torch.randn(16), "heat": torch.tensor(0.5), "own": torch.randn(2, 3)}
+    with torch.no_grad():
+        fast(ids, **args)
+        for name in ("bias", "shared", "heat", "own"):
+            args[name] = torch.rand_like(args[name]) + 0.5
+            before = cache.stats().rows_computed
+            torch.testing.assert_close(fast(ids, **args), model(ids, **args))
+            assert cache.stats().rows_computed - before == (24 if name == "own" else 2), name
