@@ -170,9 +170,25 @@ def _triangle(c: Context) -> fx.Node:
 
 
 def _repeat(c: Context) -> fx.Node:
-    if any(isinstance(a, fx.Node) for a in arguments(c.node)[1]):
-        raise errors.NotIncremental(detail="repeat with a count that depends on the sequence")
-    return plain(c)
+    """Counts that are sizes (of the batch, of the rows) count the demanded entries."""
+    x: fx.Node = next(c.operands)
+    counts, fact = list(arguments(c.node)[1]), c.step.fact
+    counts = [1] * (len(fact.dims) - len(counts)) + counts
+    for axis, count in enumerate(counts):
+        if isinstance(count, fx.Node):
+            counts[axis] = c.builder.number(_repeated(c, axis, sym(count.meta["val"])))
+    return c.builder.call(aten.repeat.default, x, counts)
+
+
+def _repeated(c: Context, axis: int, count: sympy.Expr) -> sympy.Expr:
+    """How often the entries of an axis are repeated, of which the outermost atoms are the count."""
+    fact, all_of_them, demanded = c.step.fact, sympy.Integer(1), sympy.Integer(1)
+    for k in fact.flat(axis):
+        all_of_them = all_of_them * fact.atoms[k].size
+        demanded = demanded * c.builder.length(fact.atoms[k], k in c.everything)
+        if all_of_them == count:
+            return demanded
+    raise errors.NotIncremental(detail=f"an axis repeated {count} times")
 
 
 def _linear(c: Context) -> fx.Node:
@@ -256,7 +272,7 @@ SPECIAL: dict[Any, Callable[[Context], fx.Node]] = {
     aten.select.int: _select,
     aten.tril.default: _triangle,
     aten.triu.default: _triangle,
-    aten.repeat.default: _repeat,
+    **dict.fromkeys((aten.repeat.default, aten.tile.default), _repeat),
     aten.linear.default: _linear,
     aten.bmm.default: _bmm,
     aten.cat.default: _cat,

@@ -371,6 +371,21 @@ class Deberta(Decoder):
         return self.merge(scores.masked_fill(j > i, torch.finfo(scores.dtype).min).softmax(-1) @ v, layer)
 
 
+class RepeatedForTheBatch(Decoder):
+    """A table of positions and a bias, repeated for each sequence of a batch of unknown size, and for each row."""
+
+    batches = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, MAX_ROWS, SIZE))
+        self.bias = nn.Parameter(torch.randn(SIZE))
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        b, s = ids.shape
+        return self.embed(ids) + self.table[:, :s].repeat(b, 1, 1) + self.bias.tile((b, s, 1))
+
+
 POSITIONS = (
     PartialRotary,
     WholeRotary,
@@ -394,4 +409,5 @@ POSITIONS = (
     TransformerXl,
     RelativeShift,
     Deberta,
+    RepeatedForTheBatch,
 )

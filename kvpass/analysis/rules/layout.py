@@ -153,25 +153,33 @@ def broadcast_tensors(op: Op) -> list[Out]:
 
 @rule(aten.repeat_interleave.self_int)
 def repeat_interleave(op: Op) -> Out:
-    x, scope = op.operands[0], op.scope
-    axis = op.arg(2, "dim") % len(x.dims)
-    dims: Dims = [list(dim) for dim in x.dims]
+    x, scope, axis, count = op.operands[0], op.scope, op.arg(2, "dim"), sympy.sympify(op.args[1])
+    if not count.is_Integer:
+        raise errors.UnsupportedShape(detail=f"repeat_interleave with a count of {count}")
+    if axis is None:
+        dims: Dims = [[label for dim in x.dims for label in dim]]
+        axis = 0
+    else:
+        dims, axis = [list(dim) for dim in x.dims], axis % len(x.dims)
     _only_free(op, dims[axis], "repeat_interleave")
-    dims[axis] = dims[axis] + scope.fresh(sympy.Integer(op.args[1]), bcast=True)
+    dims[axis] = dims[axis] + scope.fresh(count, bcast=True)
     return _same(op, dims)
 
 
 @rule(aten.repeat.default, aten.tile.default)
 def repeat(op: Op) -> Out:
     x, scope, times = op.operands[0], op.scope, list(op.args[1])
+    times = [1] * (len(x.dims) - len(times)) + times
     dims: Dims = [[] for _ in range(len(times) - len(x.dims))] + [list(dim) for dim in x.dims]
+    ghosts = list(x.ghosts)
     for axis, count in enumerate(times):
         if count == 1:
             continue
-        _at_zero(op, [label for label in dims[axis] if scope.atoms[label].size == 1])
+        ghosts += [y for y in dims[axis] if scope.atoms[y].size == 1 and scope.atoms[y].kind is Kind.SEQ]
+        _at_zero(op, [y for y in dims[axis] if scope.atoms[y].size == 1 and scope.atoms[y].kind is not Kind.SEQ])
         kept = [label for label in dims[axis] if scope.atoms[label].size != 1]
         dims[axis] = scope.fresh(sympy.sympify(count), bcast=True) + kept
-    return _same(op, dims)
+    return _same(op, dims, ghosts)
 
 
 def _only_free(op: Op, labels: list[Label], what: str) -> None:
