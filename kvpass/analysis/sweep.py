@@ -14,7 +14,7 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, FloorDiv, Max, Min, ToFloat
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
@@ -93,6 +93,8 @@ def sym(value: Any) -> Expr:
     expr: Expr = value.node.expr
     if expr.has(Max, Min):
         expr = _guarded(expr, value.node.shape_env.guards)
+    if expr.has(CeilToInt):
+        expr = expr.replace(CeilToInt, _counted)
     return expr.replace(FloorDiv, _divided) if expr.has(FloorDiv) else expr
 
 
@@ -107,6 +109,16 @@ def _divided(a: Expr, b: Expr) -> Expr:
     """``(s * s) // s`` is ``s``, of sizes."""
     exact = quotient(a, b)
     return FloorDiv(a, b) if exact is None else exact
+
+
+def _counted(size: Expr) -> Expr:
+    """``ceil(float(s) / 1.0)``, the entries of ``arange(0.0, s)``, is ``s``: nothing is rounded by a power of two."""
+    if isinstance(size, FloatTrueDiv):
+        whole, step = size.args[0].replace(ToFloat, lambda n: n), size.args[1]
+        whole = whole.replace(lambda n: n.is_Float and n == int(n), lambda n: sympy.Integer(int(n)))
+        if whole.is_integer and step.is_number and float(step) in (1.0, 0.5, 0.25):
+            return sympy.expand(whole * int(1 / step))
+    return CeilToInt(size)
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:

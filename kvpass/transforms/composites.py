@@ -6,6 +6,7 @@ a key is hidden; one that is not boolean is made so, and a row without keys is N
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,11 +23,34 @@ Make = Callable[..., fx.Node]
 def decomposed(graph: fx.Graph) -> None:
     """Rewrite every such op of a graph."""
     for node in list(graph.nodes):
+        if node.target in (aten.meshgrid.default, aten.meshgrid.indexing):
+            _meshgrid(graph, node)
         made_of = _MADE_OF.get(node.target)
         if made_of is not None:
             with graph.inserting_before(node):
                 made = made_of(partial(call, graph, node), named(node))
             replace(node, made)
+
+
+def _meshgrid(graph: fx.Graph, node: fx.Node) -> None:
+    """Vectors, each along an axis of its own and expanded to all others; ``xy`` swaps the first two of the axes."""
+    given = named(node)
+    vectors, axes = given["tensors"], list(range(len(given["tensors"])))
+    if given.get("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    if any(user.target is not operator.getitem for user in node.users):
+        return
+    with graph.inserting_before(node):
+        make = partial(call, graph, node)
+        shape = [size for vector in vectors for size in sizes(make, vector) or [1]]
+        shape = [shape[axis] for axis in axes]
+        made = []
+        for vector, axis in zip(vectors, axes, strict=True):
+            alone = [size if k == axis else 1 for k, size in enumerate(shape)]
+            made.append(make(aten.expand.default, make(aten.reshape.default, vector, alone), shape))
+    for user in list(node.users):
+        replace(user, made[int(user.args[1])])  # type: ignore[arg-type]
+    graph.erase_node(node)
 
 
 def _gru_cell(make: Make, given: dict[str, Any]) -> fx.Node:

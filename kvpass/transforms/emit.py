@@ -88,6 +88,7 @@ def _arange(c: Context) -> fx.Node:
     if c.node.target is not aten.arange.default:
         start = args[0]
         step = args[2] if len(args) > 2 else c.node.kwargs.get("step", 1)
+    start, step = (int(n) if isinstance(n, float) and n.is_integer() else n for n in (start, step))
     value, b = c.node.meta["val"], c.builder
     atoms = c.step.fact.atoms
     lo, hi = b.span(atoms[0], 0 in c.everything) if atoms else (sympy.Integer(0), sympy.Integer(1))

@@ -7,13 +7,17 @@ written is joined from what was written alone: how it was made, uninitialised pe
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import JOINS, call, replace
+from kvpass.transforms.spell import JOINS, call, named, replace
 
 aten = torch.ops.aten
 _LAST = 2**63 - 1
@@ -81,8 +85,8 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(size, int):
         if _is_everything(given, value, new.meta["val"]):
             replace(node, new)
-        else:
-            _scatter_rows(graph, node, dim)
+        elif not _scatter_rows(graph, node, dim):
+            _scatter_first_rows(graph, node, dim)
         return
     if given.get("step", 1) != 1:
         _interleave(graph, node, dim, size, given["step"])
@@ -98,22 +102,75 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     replace(node, made)
 
 
-def _scatter_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
-    """``x[:, k:] = y`` and ``x[:, :-k] = y``, along an axis of unknown length."""
+def _scatter_rows(graph: fx.Graph, node: fx.Node, dim: int) -> bool:
+    """``x[:, k:] = y`` and ``x[:, :-k] = y``, along an axis of unknown length; False of another write."""
     base, new = arguments(node)[:2]
     given, value = _given(node), node.meta["val"]
     start, end = given.get("start") or 0, given.get("end")
     end = 0 if end in (None, _LAST) else end
     known = isinstance(start, int) and isinstance(end, int) and start >= 0 >= end
     if "index" in given or given.get("step", 1) != 1 or not known or new.meta["val"].dtype != value.dtype:
-        return
+        return False
     if sym(new.meta["val"].shape[dim]) - (sym(value.shape[dim]) - start + end) != 0:
-        return
+        return False
     with graph.inserting_before(node):
         before = [call(graph, node, aten.slice.Tensor, base, dim, 0, start)] if start else []
         after = [call(graph, node, aten.slice.Tensor, base, dim, end, _LAST)] if end else []
         made = call(graph, node, aten.cat.default, [*before, new, *after], dim)
     replace(node, made)
+    return True
+
+
+def _scatter_first_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
+    """``x[:, k] = y`` and ``x[:, k:k + n] = y``, along an axis of unknown length: a choice by the index."""
+    base, new = arguments(node)[:2]
+    given, value = _given(node), node.meta["val"]
+    start, count = given.get("index", given.get("start")) or 0, sympy.Integer(1)
+    if not isinstance(start, int) or start < 0 or given.get("step", 1) != 1:
+        return
+    if new.meta["val"].dtype != value.dtype:
+        return
+    if "index" not in given:
+        end, count = given.get("end"), sym(new.meta["val"].shape[dim])
+        if end is None or sym(end.meta["val"] if isinstance(end, fx.Node) else end) != start + count:
+            return
+    behind = value.dim() - 1 - dim
+    with graph.inserting_before(node), value.fake_mode:
+        make = partial(call, graph, node)
+        place = make(aten.arange.default, make(aten.sym_size.int, base, dim), device=value.device)
+        place = make(aten.sub.Tensor, place, start) if start else place
+        many: Any = int(count) if count.is_Integer else make(aten.sym_size.int, new, dim)
+        written = make(aten.logical_and.default, make(aten.ge.Scalar, place, 0), make(aten.lt.Scalar, place, many))
+        new = _source(make, new)
+        if "index" in given and new.meta["val"].dim() > behind:
+            new = make(aten.unsqueeze.default, new, new.meta["val"].dim() - behind)
+        elif count != 1 and new.meta["val"].dim() > behind and new.meta["val"].shape[-1 - behind] != 1:
+            last = make(operator.sub, many, 1) if isinstance(many, fx.Node) else many - 1
+            new = make(aten.index_select.default, new, -1 - behind, make(aten.clamp.default, place, 0, last))
+        for _ in range(behind):
+            written = make(aten.unsqueeze.default, written, -1)
+        made = make(aten.where.self, written, new, _without_turn(make, base, dim, 0 if start else many))
+    replace(node, made)
+
+
+def _source(make: Callable[..., fx.Node], new: fx.Node) -> fx.Node:
+    """What is written, before it is repeated to the sizes of what was there."""
+    if new.target is not aten.copy.default:
+        return new
+    source, dtype = arguments(new)[1], new.meta["val"].dtype
+    return source if source.meta["val"].dtype is dtype else make(aten._to_copy.default, source, dtype=dtype)
+
+
+def _without_turn(make: Callable[..., fx.Node], base: fx.Node, dim: int, count: Any) -> fx.Node:
+    """``x.roll(k, dim)`` of which the first ``count >= k`` entries are not read: zeros stand where the last ones do."""
+    if base.target is not aten.roll.default:
+        return base
+    given, rank = named(base), base.meta["val"].dim()
+    (by, *others), axes = given["shifts"], [d % rank for d in given["dims"]]
+    if others or axes != [dim] or not isinstance(by, int) or not isinstance(count, int) or not 0 < by <= count:
+        return base
+    padded = make(aten.constant_pad_nd.default, given["self"], [0, 0] * (rank - 1 - dim) + [by, 0], 0)
+    return make(aten.slice.Tensor, padded, dim, 0, -by)
 
 
 def _is_everything(given: dict[str, Any], value: Any, new: Any) -> bool:

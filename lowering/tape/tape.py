@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,12 @@ class OutOfRange(IndexError):
     """An index that the model's own op would have refused."""
 
 
-_FUNCTIONS = {"floor_div": operator.floordiv, "floor_mod": operator.mod, "larger": max, "smaller": min}
+_FUNCTIONS = {
+    "floor_div": operator.floordiv, "floor_mod": operator.mod, "larger": max, "smaller": min, "ToFloat": float,
+    "IntTrueDiv": operator.truediv, "FloatTrueDiv": operator.truediv, "FloatPow": operator.pow, "CeilToInt": math.ceil,
+    "FloorToInt": math.floor, "TruncToInt": math.trunc, "TruncToFloat": lambda x: float(math.trunc(x)),
+    "RoundToInt": round, "CeilDiv": lambda a, b: -(-a // b),
+}  # fmt: skip
 
 
 def _numbers(symbols: Sequence[sympy.Symbol], wanted: Sequence[Any]) -> Callable[..., list[Any]]:

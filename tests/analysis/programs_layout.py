@@ -2,11 +2,20 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.analysis.programs import INF, Case
 
 aten = torch.ops.aten
 sdpa = F.scaled_dot_product_attention
+
+
+def written(x: Tensor, rows: int | slice, value: Tensor | float) -> Tensor:
+    """``x[:, rows] = value``."""
+    x = x.clone()
+    x[:, rows] = value
+    return x
+
 
 LAYOUT: dict[str, Case] = {
     "view_heads": Case(lambda e: e.x.view(*e.x.shape[:2], 2, 2), "row"),
@@ -218,6 +227,18 @@ LAYOUT: dict[str, Case] = {
     "fill_rows": Case(lambda e: aten.index_put.default(e.x, [e.keep], torch.zeros((), dtype=torch.float64)), "row"),
     "masked_scatter": Case(lambda e: e.x.masked_scatter((e.ids == 3)[..., None].expand_as(e.x), e.sound), "batch"),
     "table_by_count": Case(lambda e: F.embedding((e.ids == 3).long().cumsum(1) % 5, e.sound.flatten(0, 1)), "row"),
+    # writes into the first rows
+    "write_first_row": Case(lambda e: written(e.x, 0, e.bias), "row"),
+    "write_rows": Case(lambda e: written(e.x, slice(1, 3), e.style[:2]), "row"),
+    "write_feature_of_rows": Case(lambda e: written(e.x, slice(1, 3), 2.0), "row"),
+    "write_a_later_row": Case(lambda e: written(e.x, 0, e.x[:, 2]), "pair"),
+    "write_after_turning": Case(lambda e: written(e.x.roll(2, 1), slice(0, 2), e.bias), "row"),
+    "write_less_than_turned": Case(lambda e: written(e.x.roll(2, 1), 0, 0.0), "whole"),
+    "write_last_row": Case(lambda e: written(e.x, -1, e.bias), "refused"),
+    # grids
+    "meshgrid": Case(lambda e: torch.meshgrid(e.i, e.i + 1, indexing="ij")[1] - e.i, "index"),
+    "meshgrid_xy": Case(lambda e: (lambda j, i: j <= i)(*torch.meshgrid(e.i, e.i, indexing="xy")), "index"),
+    "meshgrid_data": Case(lambda e: torch.meshgrid(e.bias, e.x[0, :, 0], indexing="ij")[1], "batch"),
     # factories
     "zeros": Case(lambda e: torch.zeros(e.S, 4), "index"),
     "ones_like": Case(lambda e: torch.ones_like(e.x), "index"),
@@ -229,6 +250,7 @@ LAYOUT: dict[str, Case] = {
     "full_of_length": Case(lambda e: torch.full((4,), e.S), "length"),
     "scalar_tensor": Case(lambda e: aten.scalar_tensor.default(1.5), "index"),
     "arange_step": Case(lambda e: torch.arange(1, 2 * e.S, 2), "index"),
+    "arange_of_float_steps": Case(lambda e: torch.arange(1, e.S + 1, 1.0) * torch.arange(0.0, e.S), "index"),
     "arange_down": Case(lambda e: torch.arange(e.S - 1, -1, -1), "length"),
     "arange_from": Case(lambda e: torch.arange(2, e.S + 2), "index"),
     "arange_halves": Case(lambda e: torch.arange(0, 4, 0.5) + e.S * 0, "index"),

@@ -194,6 +194,20 @@ class ByTurns(Decoder):
         return (j // 4 < i // 4) | ((j // 4 == i // 4) & (j <= i))
 
 
+class Grid(Decoder):
+    """Row and column numbers of a grid, in matrix order or in that of pictures."""
+
+    layers = 2
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        index = torch.arange(x.shape[1])
+        if layer:
+            j, i = torch.meshgrid(index, index, indexing="xy")
+        else:
+            i, j = torch.meshgrid(index, index, indexing="ij")
+        return j <= i
+
+
 MASKS = (
     Dilated,
     SinksAndWindow,
@@ -212,4 +226,5 @@ MASKS = (
     Prefix,
     PrefixOfAll,
     ByTurns,
+    Grid,
 )

@@ -386,6 +386,40 @@ class RepeatedForTheBatch(Decoder):
         return self.embed(ids) + self.table[:, :s].repeat(b, 1, 1) + self.bias.tile((b, s, 1))
 
 
+class FirstRowsWritten(Decoder):
+    """Each token with the one before it, by a turn whose first row is written over, and fixed rows in the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fixed = nn.Parameter(torch.randn(SIZE)), nn.Parameter(torch.randn(2, SIZE))
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = self.embed(ids)
+        before = x.roll(1, 1)
+        before[:, 0] = self.first
+        x = x + before
+        x[:, :1] = 0.5
+        x[:, 2:4] = self.fixed
+        return x
+
+
+class FloatPositions(Decoder):
+    """Sines of positions that are counted in floating point."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        angle = torch.outer(torch.arange(0, ids.shape[1], 1.0), frequencies(100.0, SIZE))
+        other = torch.outer(torch.arange(0.0, ids.shape[1]), frequencies(30.0, SIZE))
+        return self.embed(ids) + torch.cat((angle.sin(), other.cos()), -1)
+
+
+class HashedTokens(Decoder):
+    """Features of the bits of a token."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        bits = torch.stack(((ids << 3) % 7, ids >> 1, ids >> (ids % 3)), -1).float()
+        return self.embed(ids) + nn.functional.pad(bits, (0, SIZE - 3)) / 4
+
+
 POSITIONS = (
     PartialRotary,
     WholeRotary,
@@ -410,4 +444,7 @@ POSITIONS = (
     RelativeShift,
     Deberta,
     RepeatedForTheBatch,
+    FirstRowsWritten,
+    HashedTokens,
+    FloatPositions,
 )

@@ -73,7 +73,7 @@ _OTHERS = (
     "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar",
     "complex", "real", "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "frac", "sgn",
     "true_divide", "divide", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "softshrink",
-    "hardshrink", "logit", "special_expit", "clip",
+    "__lshift__", "__rshift__", "hardshrink", "logit", "special_expit", "clip",
 )  # fmt: skip
 
 
