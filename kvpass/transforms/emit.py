@@ -236,6 +236,8 @@ def _sdpa(c: Context) -> fx.Node:
             raise errors.NotIncremental(detail="attn_mask beside is_causal")
         b, q = c.builder, c.builder.analyzed.fact(c.step.operands[0])
         k = b.analyzed.fact(c.step.operands[1])
+        if len(q.dims[-2]) != 1 or len(k.dims[-2]) != 1:
+            raise errors.UnsupportedShape(detail="the rows of an attention are merged with another axis")
         (i,), (j,) = q.dims[-2], k.dims[-2]
         device = c.node.meta["val"].device
         lo, hi = b.span(i, q.flat(-2)[0] in demand_of_operand(c.step, 0, q, c.everything))

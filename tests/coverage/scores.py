@@ -366,6 +366,18 @@ class LearnedQueries(Decoder):
         return self.merge(y + scaled_dot_product_attention(q, memory, memory), layer)
 
 
+class TwoPlaces(Decoder):
+    """Each token makes two places, and a causal mask counts those: the rows of a product are part of an axis."""
+
+    refused = "KV207"
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        b, s, _ = x.shape
+        places = x.view(b, s, 2, SIZE // 2).flatten(1, 2)
+        y = scaled_dot_product_attention(places, 1.1 * places, 0.7 * places, is_causal=True)
+        return y.reshape(b, s, SIZE)
+
+
 class SmallestFloor(Decoder):
     """The smallest number there is, as a tensor: no integer holds it."""
 
@@ -377,6 +389,7 @@ class SmallestFloor(Decoder):
 SCORES = (
     LearnedQueries,
     SmallestFloor,
+    TwoPlaces,
     SoftCap,
     LearnedSink,
     SinkOfEveryRow,
