@@ -15,6 +15,7 @@ from kvpass.runtime import steps
 from kvpass.runtime.keys import Keys
 from tests.coverage import MODELS, VOCAB, Decoder, build
 from tests.coverage.masks import Prefix
+from tests.coverage.scores import LearnedQueries
 from tests.property.oracle import Mismatch, check_same
 
 Compile = Callable[[Decoder, kvpass.Cache], Any]
@@ -126,3 +127,10 @@ def test_explain_says_what_a_prefix_does() -> None:
         "proven: row i of every output depends on the inputs' rows up to i, and on those below"
     )
     assert "every row's key" in report.attention[0].proof
+
+
+def test_queries_that_are_repeated_for_each_text() -> None:
+    """Heads of a batch of fixed size, whichever of the two axes the recogniser takes the copies for."""
+    work, report = answers(build(LearnedQueries))
+    assert report.proven, str(report)
+    assert work == [18, 2, 8, 2, 14, 12, 26, 4, 4]

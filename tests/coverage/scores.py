@@ -351,7 +351,6 @@ class StreamsApart(Streams):
 class LearnedQueries(Decoder):
     """Learned queries, one copy for each text, attend to each other, and every row to what comes of that (Q-Former)."""
 
-    kernels = 2  # what the learned ones say to each other depends on no text
     batches = True
 
     def __init__(self) -> None:
@@ -387,7 +386,6 @@ class SmallestFloor(Decoder):
 
 
 SCORES = (
-    LearnedQueries,
     SmallestFloor,
     TwoPlaces,
     SoftCap,
