@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import convert_frame, eval_frame
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from kvpass import errors
 from kvpass.analysis.facts import Kind
@@ -123,7 +124,7 @@ def kvpass(
             around = autocast.Around.of(example_inputs)
             told = autocast.written(whole, around)
             forward, unwrap = unwrapped(whole, example_inputs)
-            plain = around.on(forward.forward)
+            plain = around.on(_written(forward))
             stack.enter_context(around.off())
             inputs = unwrap(example_inputs)
             told = forward if told is whole else unwrapped(told, example_inputs)[0]
@@ -137,7 +138,7 @@ def kvpass(
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
-        return gm.forward
+        return _written(gm)
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, plain, args))
     _record(Record(captured, program, None))
@@ -204,6 +205,16 @@ def _record(record: Record) -> None:
     _records.append(record)
     for listener in list(_listeners):
         listener(record)
+
+
+def _written(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph as the function that it is.
+
+    The ``forward`` of a graph whose code is not yet made calls the module, which prints a traceback where the model
+    raises.
+    """
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward
 
 
 def _running_around() -> FrameType | None:
