@@ -352,6 +352,8 @@ def _shape_obstacles(analyzed: Analyzed, fact: Fact) -> Iterator[errors.Refusal]
         yield errors.NotIncremental(detail=f"a value of axes {fact} is not a table of one row per position")
         return
     own = rows[0]
+    if sum(atom.kind is Kind.BATCH and atom.size != 1 for atom in fact.atoms) > 1:
+        yield errors.MixesBatch(detail=f"in {fact} a row has entries of every sequence of the batch")
     for dim in fact.dims:
         if len(dim) > 1 and any(atom.kind is not Kind.FREE for atom in dim):
             yield errors.NotIncremental(detail=f"in {fact} the sequence is merged with another axis")
