@@ -30,8 +30,9 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
 
 
 def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
-    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow, and
-    for each number of entries that may stand before the rows on one axis with them.
+    """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow, for
+    each number of entries that may stand before the rows on one axis with them, and for what a vector as long as the
+    batch may be: entries that all sequences share, or one of each.
 
     A model of an encoder and a decoder has two such axes, and what stands before the rows may be a prefix, or the
     padding of a convolution. The proof says which of them it is.
@@ -58,16 +59,17 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
         if seq in fixed:
             refused.append(fixed[seq][1])
             continue
-        try:
-            described = _described(copied(module), places, fakes, real, constant, seq)
-        except errors.Refusal as refusal:
-            refused.append(refusal)
-            continue
-        first, *others = _leads(described.module, seq)
-        yield replace(described, scalars=scalars, lead=first)
-        for lead in others:
-            described = _described(copied(module), places, fakes, real, constant, seq)
-            yield replace(described, scalars=scalars, lead=lead)
+        for apart in (False, True) if _undecided(fakes, constant, seq) else (False,):
+            try:
+                described = _described(copied(module), places, fakes, real, constant, seq, apart)
+            except errors.Refusal as refusal:
+                refused += [] if apart else [refusal]
+                continue
+            first, *others = _leads(described.module, seq)
+            yield replace(described, scalars=scalars, lead=first)
+            for lead in others:
+                described = _described(copied(module), places, fakes, real, constant, seq, apart)
+                yield replace(described, scalars=scalars, lead=lead)
     if len(refused) == len(growing):
         raise refused[0]
 
@@ -230,6 +232,7 @@ def _described(
     real: Sequence[Any],
     constant: Sequence[bool],
     seq: sympy.Symbol,
+    apart: bool,
 ) -> Captured:
     batch = _batch_size(fakes, constant, seq)
     inputs, constants = [], {}
@@ -239,7 +242,7 @@ def _described(
         source = source() if callable(source) else str(source)
         given = Input(node.name, k, Role.SYMBOL, source)
         if isinstance(fake, torch.Tensor):
-            given = _tensor_input(node.name, k, source, fake, value, constant[k], seq, batch)
+            given = _tensor_input(node.name, k, source, fake, value, constant[k], seq, batch, apart)
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
@@ -291,14 +294,22 @@ def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbo
 
 
 def _tensor_input(
-    name: str, k: int, source: str, fake: torch.Tensor, real: Any, fixed: bool, seq: sympy.Symbol, batch: sympy.Expr
+    name: str,
+    k: int,
+    source: str,
+    fake: torch.Tensor,
+    real: Any,
+    fixed: bool,
+    seq: sympy.Symbol,
+    batch: sympy.Expr,
+    apart: bool,
 ) -> Input:
     if fixed:
         return Input(name, k, Role.CONSTANT, source)
     axes = tuple(a for a, size in enumerate(fake.shape) if sym(size) == seq)
     if any(sym(size).has(seq) and sym(size) != seq for size in fake.shape):
         raise errors.NoSequence(detail=f"{source} has an axis whose length is computed from the sequence's")
-    lead = 0 if 0 not in axes and _is_batch(fake, batch) else None
+    lead = 0 if 0 not in axes and _is_batch(fake, batch, apart) else None
     if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
         raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
     if len(axes) == 2:
@@ -311,10 +322,21 @@ def _tensor_input(
     return Input(name, k, role, source, axes, lead)
 
 
-def _is_batch(fake: torch.Tensor, batch: sympy.Expr) -> bool:
-    """Axis 0 is the batch. Of a vector as long as a batch of fixed size, only whole numbers are one a sequence."""
-    whole = not fake.is_floating_point() and fake.dim() == 1 and batch != 1
-    return bool((fake.dim() > 1 or whole or (fake.dim() == 1 and batch.free_symbols)) and sym(fake.shape[0]) == batch)
+def _is_batch(fake: torch.Tensor, batch: sympy.Expr, apart: bool) -> bool:
+    """Axis 0 is the batch. Of a float vector as long as a batch of fixed size, no size says it: each is a reading."""
+    own = apart or bool(batch.free_symbols) or (not fake.is_floating_point() and batch != 1)
+    return bool((fake.dim() > 1 or (fake.dim() == 1 and own)) and sym(fake.shape[0]) == batch)
+
+
+def _undecided(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> bool:
+    """Whether there is such a vector."""
+    try:
+        batch = _batch_size(fakes, constant, seq)
+    except errors.AmbiguousAxes:  # which every reading says
+        return False
+    given = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and isinstance(f, torch.Tensor)]
+    vectors = [f for f in given if f.dim() == 1 and _is_batch(f, batch, True)]
+    return batch != 1 and any(not _is_batch(f, batch, False) for f in vectors)
 
 
 def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], real: torch.Tensor) -> Input:

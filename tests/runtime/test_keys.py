@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -96,3 +97,38 @@ def test_what_the_answer_alone_reads_is_no_part_of_a_row() -> None:
             before = cache.stats().rows_computed
             torch.testing.assert_close(fast(ids, **args), model(ids, **args))
             assert cache.stats().rows_computed - before == (24 if name == "own" else 2), name
+
+
+class Scaled(Model):
+    """A number for each text, on the rows; or for each pair of texts, on the answer to every row."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+    def forward(self, ids: Tensor, scale: Tensor) -> Tensor:
+        x = self.embed(ids).unsqueeze(1)
+        if not self.pairs:
+            x = x * scale[:, None, None, None]
+        y = self.out(sdpa(x, x, x, is_causal=True)[:, 0])
+        return y[..., :1] * (scale[:, None] * scale)[:, None] if self.pairs else y
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "symbolic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("pairs", [False, True], ids=["of each text", "of pairs"])
+def test_a_number_of_each_text(pairs: bool, dtype: torch.dtype, dynamic: bool) -> None:
+    """What a text is known by is its own number, and a row with entries of other texts is not kept."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids, cache = Scaled(pairs).eval(), torch.randint(0, 16, (3, 12)), kvpass.Cache("8MiB", page_size=4)
+    options = {"cache": cache, "tiers": "eager"}
+    compiled = torch.compile(model, backend="kvpass", dynamic=True, options=options)
+    fast = compiled if dynamic else kvpass.compile(model, **options)
+    scales = [torch.tensor(s).to(dtype) for s in ([1, 2, 3], [1, 2, 3], [1, 5, 3], [1, 5, 3])]
+    with torch.no_grad():
+        for rows, scale in zip((9, 10, 11, 12), scales, strict=True):
+            before = cache.stats().rows_computed
+            given = ids[:, :rows].contiguous()
+            torch.testing.assert_close(fast(given, scale), model(given, scale))
+    assert cache.stats().rows_computed - before == 3
