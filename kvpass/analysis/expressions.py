@@ -188,10 +188,22 @@ def simplify(value: Boolean) -> Boolean:
     """Decide each relational of a boolean and fold the result."""
     if isinstance(value, (sympy.And, sympy.Or)):
         args = [simplify(arg) for arg in value.args]
+        if isinstance(value, sympy.Or) and _covers(args):
+            return sympy.true
         return type(value)(*args)
     if isinstance(value, sympy.Not):
         return sympy.Not(simplify(value.args[0]))
     return decide(value)
+
+
+def _covers(terms: list[Boolean]) -> bool:
+    """True where one of two integer bounds ``e <= a`` and ``-e <= b`` holds everywhere, as of ``a + b >= -1``."""
+    bounds = [t.lhs - t.rhs for t in terms if isinstance(t, sympy.LessThan) and t.lhs.is_integer and t.rhs.is_integer]
+    for k, a in enumerate(bounds):
+        for b in bounds[k + 1 :]:
+            if sympy.expand(a + b - 1).is_nonpositive:
+                return True
+    return False
 
 
 def substitute(value: Value, mapping: dict[sympy.Basic, sympy.Basic]) -> Value:

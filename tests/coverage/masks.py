@@ -146,6 +146,16 @@ class PaddedRowsSummed(PaddedRowsRead):
         return x.cumsum(1)
 
 
+class PaddedAbove(PaddedLeft):
+    """The same, of a mask of integers that are greater than zero."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        kept = torch.where(more[0] > 0, 0.0, -5.0)[:, None, None]
+        mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1) + kept
+        return self.merge((q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v, layer)
+
+
 class PaddedRight(Decoder):
     """`attention_mask`, padded on the right: the rows behind it see the text, and nobody sees them."""
 
@@ -222,6 +232,7 @@ MASKS = (
     PaddedRowsRead,
     PaddedRowsJoined,
     PaddedRowsSummed,
+    PaddedAbove,
     PaddedRight,
     Prefix,
     PrefixOfAll,
