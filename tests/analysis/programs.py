@@ -113,6 +113,25 @@ SELF: dict[str, Case] = {
     "length_scale": Case(lambda e: e.x * e.S, "length"),
     "batch_scale": Case(lambda e: e.x * torch.arange(e.x.shape[0])[:, None, None], "batch"),
     "positions_from_the_end": Case(lambda e: e.i - e.S, "length"),
+    # numbers in place of what is none
+    "finite_weights": Case(lambda e: torch.nan_to_num(e.weights) @ e.x, "row"),
+    "finite_weights_of_empty_rows": Case(
+        lambda e: torch.nan_to_num(e.scores.masked_fill(e.i >= e.i[:, None], -INF).softmax(-1)) @ e.x, "row"
+    ),
+    "ones_for_empty_rows": Case(
+        lambda e: torch.nan_to_num(e.scores.masked_fill(e.i >= e.i[:, None], -INF).softmax(-1), 1.0) @ e.x, "whole"
+    ),
+    "finite_scores": Case(lambda e: torch.nan_to_num(e.masked).softmax(-1), "row"),
+    "finite_scores_low": Case(lambda e: torch.nan_to_num(e.masked, neginf=-1e9).softmax(-1), "row"),
+    "finite_scores_small": Case(lambda e: torch.nan_to_num(e.masked, neginf=-5.0).softmax(-1), "whole"),
+    "finite_scores_zero": Case(lambda e: torch.nan_to_num(e.masked, neginf=0.0).softmax(-1), "whole"),
+    "finite_scores_zero_sum": Case(lambda e: torch.nan_to_num(e.masked, neginf=0.0) @ e.x, "row"),
+    "finite_of_finite_scores": Case(lambda e: torch.nan_to_num(e.finite, neginf=0.0).softmax(-1), "whole", ideal="row"),
+    "finite_mask": Case(lambda e: torch.nan_to_num(torch.full((e.S, e.S), -INF).triu(1)), "index"),
+    "finite_mask_added": Case(
+        lambda e: (e.scores + torch.nan_to_num(torch.full((e.S, e.S), -INF).triu(1))).softmax(-1), "row"
+    ),
+    "finite_integers": Case(lambda e: torch.nan_to_num(e.i), "index"),
     # softmax and friends
     "softmax_features": Case(lambda e: e.x.softmax(-1), "row"),
     "softmax_unmasked": Case(lambda e: e.scores.softmax(-1), "whole"),

@@ -258,6 +258,22 @@ LAYOUT: dict[str, Case] = {
     "cast_uint8": Case(lambda e: (e.i * 100).to(torch.uint8), "index"),
     "cast_bfloat16": Case(lambda e: (e.i + 256).to(torch.bfloat16), "index"),
     "cast_half_compare": Case(lambda e: (e.i + 2048).half() <= (e.i[:, None] + 2048).half(), "index"),
+    "linspace": Case(lambda e: torch.linspace(0, 1, 4) + e.x, "row"),
+    "logspace": Case(lambda e: torch.logspace(0, 1, 4) + e.x, "row"),
+    "windows": Case(
+        lambda e: (
+            aten.hann_window.default(4)
+            + aten.hann_window.periodic(4, False)
+            + aten.hamming_window.default(4)
+            + aten.blackman_window.default(4)
+            + aten.bartlett_window.default(4)
+            + aten.kaiser_window.default(4)
+            + aten.kaiser_window.periodic(4, False)
+            + e.x
+        ),
+        "row",
+    ),
+    "triangle_indices": Case(lambda e: torch.tril_indices(4, 4)[:, :4] + torch.triu_indices(4, 4)[:, :4], "index"),
     "eye": Case(lambda e: torch.eye(e.S), "index"),
     "eye_m": Case(lambda e: aten.eye.m(e.S, 4), "index"),
     "rand_like": Case(lambda e: torch.rand_like(e.x), "random"),

@@ -385,6 +385,18 @@ class SmallestFloor(Decoder):
         return torch.maximum(x, torch.full(x.shape, torch.finfo(x.dtype).min))
 
 
+class FiniteWeights(Decoder):
+    """Rows are strictly before their own: the first one sees nothing, and its NaN become zeros."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        weights = (q @ k.mT * DEPTH**-0.5).masked_fill(j >= i, NEG_INF).softmax(-1)
+        return self.merge(torch.nan_to_num(weights) @ v, layer)
+
+
 SCORES = (
     SmallestFloor,
     TwoPlaces,
@@ -412,4 +424,5 @@ SCORES = (
     Forgetting,
     Streams,
     StreamsApart,
+    FiniteWeights,
 )

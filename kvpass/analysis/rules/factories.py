@@ -59,6 +59,26 @@ def arange(op: Op) -> Out:
     return Out([labels], Parts(expr=expr))
 
 
+@rule(
+    aten.linspace.default,
+    aten.logspace.default,
+    aten.hann_window.default,
+    aten.hann_window.periodic,
+    aten.hamming_window.default,
+    aten.blackman_window.default,
+    aten.bartlett_window.default,
+    aten.kaiser_window.default,
+    aten.kaiser_window.periodic,
+    aten.tril_indices.default,
+    aten.triu_indices.default,
+)
+def table(op: Op) -> Out:
+    """Numbers that are the same in every call."""
+    if any(isinstance(n, sympy.Basic) and not n.is_number for n in op.scalars()):
+        raise errors.UnknownOp(detail=f"{name_of(op.node)} of a size that is not known")
+    return Out([op.scope.fresh(size) for size in op.shape], Parts())
+
+
 @rule(aten.eye.default, aten.eye.m)
 def eye(op: Op) -> Out:
     dims = [op.scope.fresh(size) for size in op.shape]

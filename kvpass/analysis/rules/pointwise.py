@@ -10,7 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from kvpass.analysis import shifts
-from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, number, simplify
+from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, number, simplify
 from kvpass.analysis.facts import Fill, Shift
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule, support_of
@@ -71,7 +71,7 @@ _OTHERS = (
     "exp", "exp2", "log", "log2", "log10", "cos", "rsqrt", "reciprocal", "sigmoid", "softplus", "log_sigmoid", "pow",
     "isnan", "isinf", "isfinite", "erfinv", "erfc", "fmod", "atan2", "hypot", "lerp", "addcmul", "addcdiv",
     "clamp_max", "hardtanh", "hardsigmoid", "celu", "selu", "acos", "asin", "cosh", "sinh", "polar",
-    "complex", "real", "imag", "conj", "angle", "nan_to_num", "logaddexp", "xlogy", "threshold", "frac", "sgn",
+    "complex", "real", "imag", "conj", "angle", "logaddexp", "xlogy", "threshold", "frac", "sgn",
     "true_divide", "divide", "copy", "deg2rad", "rad2deg", "bitwise_left_shift", "bitwise_right_shift", "softshrink",
     "__lshift__", "__rshift__", "hardshrink", "logit", "special_expit", "clip",
 )  # fmt: skip
@@ -259,6 +259,43 @@ def other(op: Op) -> Out:
         expr = _logarithm(expression(op.args[0], op.scope))
         parts.support, parts.fill = (sympy.true, None) if expr is None else support_of(expr) or (sympy.true, None)
     return _finish(op, parts, expr)
+
+
+@rule(*_op("nan_to_num"))
+def nan_to_num(op: Op) -> Out:
+    """Numbers stay what they are, and minus infinity becomes the lowest one, or the one that is given.
+
+    Zeros of a softmax are NaN where a row kept no key: they are zeros after all only where NaN becomes zero.
+    """
+    parts, known, dtype = op.gather(), op.known(op.args[0]), op.dtypes[0]
+    value = expression(op.args[0], op.scope)
+    if not dtype.is_floating_point:
+        parts.support, parts.fill = known or (sympy.true, None)
+        return _finish(op, parts, value)
+    lowest = torch.finfo(dtype).min if op.arg(3, "neginf") is None else op.arg(3, "neginf")
+    fill = None if known is None else _refilled(known[1], Fill.of(lowest), zero=not op.arg(1, "nan"))
+    if known is not None and fill is not None:
+        parts.support, parts.fill = known[0], fill
+    expr = None
+    if value is not None and all(_fits(val, dtype) for val, _ in branches(value)):
+        expr = apply(lambda a: constant(float(lowest)) if a == -sympy.oo else a, value)
+    return _finish(op, parts, expr)
+
+
+def _refilled(fill: Fill, lowest: Fill | None, zero: bool) -> Fill | None:
+    """What entries are filled with after `nan_to_num`: very negative ones may have been minus infinity."""
+    if fill is Fill.ZERO:
+        return Fill.ZERO if zero else None
+    if fill is Fill.NEG:
+        return Fill.NEG if lowest in (Fill.NEG, Fill.NEG_INF) else None
+    return lowest
+
+
+def _fits(value: Value, dtype: torch.dtype) -> bool:
+    """True of minus infinity, and of what a dtype does not turn into an infinity."""
+    if value.is_number:
+        return bool(value == -sympy.oo or (value.is_real and abs(value) <= torch.finfo(dtype).max))
+    return bool(value.is_finite)
 
 
 def _logarithm(value: Value | None) -> Value | None:
