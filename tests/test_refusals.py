@@ -262,15 +262,6 @@ def test_a_split_that_dynamo_does_not_report(model: nn.Module) -> None:
     assert any(refusal.source.endswith("in forward") for refusal in report.refusals)
 
 
-def test_the_line_that_fixes_the_length() -> None:
-    def scaled(model: Model, x: Tensor) -> Tensor:
-        return x + torch.linspace(0, 1, x.shape[1])[:, None]
-
-    report = kvpass.explain(Model(scaled).eval(), ids())
-    assert {refusal.code for refusal in report.refusals} == {"KV101"}
-    assert all(refusal.source.startswith(f"{__file__}:") for refusal in report.refusals)
-
-
 def test_a_whole_model_in_a_loop_of_plain_python() -> None:
     """The loop is left to Python; each call of the model is one graph."""
     model = Model(same).eval()

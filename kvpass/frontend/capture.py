@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -220,19 +218,7 @@ def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
 def _made_a_number(number: int, place: Any) -> errors.StaticLength:
     code, _, where = (getattr(place, "maybe_user_loc", None) or "").rpartition("  # ")
     detail = f"it holds for {number} rows only: the model makes a Python number of how many there are"
-    return errors.StaticLength(detail=detail, source=f"{_whole_path(where)}: {code}" if where else "")
-
-
-def _whole_path(where: str) -> str:
-    """A place in a file with its whole path. PyTorch leaves out the folders that the file shares with PyTorch's own,
-    and one character more: the separator, or the first letter where they share none.
-    """
-    file = where.split(":")[0]
-    for folder in Path(torch.__file__).parents[1:-1]:
-        if (folder / file).is_file():
-            return str(folder / where)
-    found = sorted(glob.glob(f"/?{glob.escape(file)}"))
-    return found[0] + where[len(file) :] if len(found) == 1 else where
+    return errors.StaticLength(detail=detail, source=f"{where}: {code}" if where else "")
 
 
 def _looks_like_ids(fake: Any, fixed: bool) -> bool:
