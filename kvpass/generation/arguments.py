@@ -31,8 +31,10 @@ class Arguments:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], batch: int, per_text: Collection[str] | None = None) -> Arguments:
-        """Raises:
-        InputError: an argument that is said to have an entry for each text has none, or is not there.
+        """The arguments of the first call, for all texts.
+
+        Raises:
+            InputError: an argument that is said to have an entry for each text has none, or is not there.
         """
         said = None if per_text is None else frozenset([per_text] if isinstance(per_text, str) else per_text)
         for name in (said or frozenset()) - values.keys():
@@ -40,8 +42,10 @@ class Arguments:
         return cls({}, batch, said).replaced(values)
 
     def replaced(self, values: Mapping[str, Any]) -> Arguments:
-        """With other values of these names. A tensor that had no entry for each text before has none now, whatever
-        its size."""
+        """With other values of these names.
+
+        A tensor that had no entry for each text before has none now, whatever its size.
+        """
         own = dict(self._own)
         for name, value in values.items():
             found = [self._is_own(name, leaf) for leaf in pytree.tree_leaves(value)]
