@@ -73,6 +73,16 @@ class Captured:
         return [i for i in self.inputs if i.role in roles]
 
 
+def is_dense(sizes: Sequence[sympy.Expr], strides: Sequence[sympy.Expr]) -> bool:
+    """Row by row, without holes, for sizes of which nothing is known (`Tensor.is_contiguous` would guard them)."""
+    expected: sympy.Expr = sympy.S.One
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected and sympy.expand(stride - expected) != 0:
+            return False
+        expected = expected * size
+    return True
+
+
 def holds(guard: sympy.Basic, symbol: sympy.Symbol, number: int) -> bool:
     """Whether a guard of one symbol is true of a number."""
     try:

@@ -59,7 +59,7 @@ class _Hasher:
         self.ordinal = {i.name: k for k, i in enumerate(captured.of(Role.SEQUENCE))}
         self.ordinal |= {i.name: k for k, i in enumerate(captured.of(Role.CONTEXT))}
         self.found: dict[fx.Node, bytes] = {}
-        self.batches = {} if captured.batch.free_symbols else _batches(analyzed)
+        self.batches = {} if captured.batch == 1 or captured.batch.free_symbols else _batches(analyzed)
         self.leaves = analyzed.leaves
 
     def visit(self, node: fx.Node) -> None:
@@ -142,7 +142,7 @@ def _batches(analyzed: Analyzed) -> dict[fx.Node, frozenset[int]]:
         few = {k for k, atom in enumerate(fact.atoms) if atom.kind is Kind.FREE and atom.size == batch and atom.bcast}
         if fact.expr is not None:
             few = {k for k in few if not fact.expr.has(index(k))}
-        kept = frozenset(k for k in few if batch != 1 and k < fact.real and _meets_batch(analyzed, node, k, found))
+        kept = frozenset(k for k in few if k < fact.real and _meets_batch(analyzed, node, k, found))
         if kept:
             found[node] = kept
     return found
@@ -154,9 +154,9 @@ def _meets_batch(analyzed: Analyzed, node: fx.Node, k: int, found: Mapping[fx.No
         if step is None or len(step.facts) != 1 or node not in step.operands:
             return False
         for operand, links in zip(step.operands, step.links, strict=True):
-            to = links[k] if operand is node else None
             if operand is not node:
                 continue
+            to = links[k]
             if to is None or to in step.full:
                 return False
             atom = step.fact.atoms[to]

@@ -20,19 +20,8 @@ from kvpass.analysis.expressions import Value, branches
 ROWS = 1 << 18  # rows of a text for which closed forms are to hold
 _BITS = {torch.float32: 24, torch.float64: 53, torch.int32: 31, torch.int64: 63}
 _DECIDE = (
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "fix",
-    "frac",
-    "floor_divide",
-    "remainder",
-    "fmod",
-    "sign",
-    "sgn",
-    "heaviside",
-)
+    "floor", "ceil", "round", "trunc", "fix", "frac", "floor_divide", "remainder", "fmod", "sign", "sgn", "heaviside",
+)  # fmt: skip
 
 
 class _Range(NamedTuple):

@@ -300,16 +300,17 @@ class Scope:
         value = self.lift(operand, operand.fact.expr)
         return symbol(label) in value.xreplace(self.subst).free_symbols
 
-    def differ(self, labels: Iterable[Label]) -> None:
-        """Entries along these labels differ in the result, even where the operand repeats one."""
+    def differ(self, labels: Iterable[Label], why: str = "a value differs by the place in the batch") -> None:
+        """Entries along these labels differ in the result, even where the operand repeats one.
+
+        ``why`` is said where a label is the batch.
+        """
         for label in labels:
             atom = self.atoms[label]
             if atom.kind is not Kind.SEQ:
                 self.atoms[label] = replace(atom, bcast=False)
             if atom.kind is Kind.BATCH and atom.size != 1:
-                self.batch = self.batch or Cause(
-                    self.node, "a value differs by the place in the batch", errors.MixesBatch
-                )
+                self.batch = self.batch or Cause(self.node, why, errors.MixesBatch)
 
     def expanded(self, labels: Sequence[Label]) -> list[Label]:
         """Labels with the split ones replaced by their parts and the unified ones by their representative."""

@@ -11,7 +11,7 @@ An op without a rule is refused by name. To add one, see ARCHITECTURE.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,7 +230,7 @@ def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Bool
     reads_rows(op, parts, [j], support)
 
 
-def reads_rows(op: Op, parts: Parts, labels: list[Label], support: Boolean = sympy.true) -> None:
+def reads_rows(op: Op, parts: Parts, labels: Iterable[Label], support: Boolean = sympy.true) -> None:
     """Rows are read, where ``support`` holds, by other rows: all that are read must mean something."""
     scope = op.scope
     terms = sympy.And.make_args(scope.resolve(parts.valid))

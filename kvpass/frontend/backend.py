@@ -122,13 +122,14 @@ def kvpass(
             _refuse_unsuitable(gm, example_inputs)
             whole = inlined(gm)
             around = autocast.Around.of(example_inputs)
-            told = autocast.written(whole, around)
-            forward, unwrap = unwrapped(whole, example_inputs)
-            plain = around.on(_written(forward))
+            model, unwrap = unwrapped(whole, example_inputs)
+            plain = around.on(_as_function(model))
+            explicit = autocast.written(whole, around)
+            if explicit is not whole:
+                model, _ = unwrapped(explicit, example_inputs)
             stack.enter_context(around.off())
             inputs = unwrap(example_inputs)
-            told = forward if told is whole else unwrapped(told, example_inputs)[0]
-            captured, incremental = _proven(told, inputs, autotune=chosen.autotune)
+            captured, incremental = _proven(model, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
@@ -138,7 +139,7 @@ def kvpass(
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
-        return _written(gm)
+        return _as_function(gm)
     if unchecked:
         program.check_first(lambda args: _checked(captured, incremental, plain, args))
     _record(Record(captured, program, None))
@@ -207,7 +208,7 @@ def _record(record: Record) -> None:
         listener(record)
 
 
-def _written(gm: fx.GraphModule) -> Callable[..., Any]:
+def _as_function(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph as the function that it is.
 
     The ``forward`` of a graph whose code is not yet made calls the module, which prints a traceback where the model

@@ -12,8 +12,6 @@ from torch.utils import _pytree as pytree
 
 from kvpass import errors
 
-_UNSAID = "unsaid"
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -27,7 +25,7 @@ class Arguments:
     values: dict[str, Any]
     batch: int
     per_text: frozenset[str] | None = None
-    _own: dict[str, list[bool | str]] = field(default_factory=dict)
+    _own: dict[str, list[bool | None]] = field(default_factory=dict)  # by tensor; None where nothing says it
 
     @classmethod
     def of(cls, values: Mapping[str, Any], batch: int, per_text: Collection[str] | None = None) -> Arguments:
@@ -51,7 +49,7 @@ class Arguments:
             found = [self._is_own(name, leaf) for leaf in pytree.tree_leaves(value)]
             held = own.get(name)
             if held is not None and len(held) == len(found) and self.per_text is None:
-                found = [now if before else False for now, before in zip(found, held, strict=True)]
+                found = [False if before is False else now for now, before in zip(found, held, strict=True)]
             own[name] = found
         return replace(self, values={**self.values, **values}, _own=own)
 
@@ -70,7 +68,7 @@ class Arguments:
     def _chosen(self, name: str, value: Any, at: Tensor) -> Any:
         leaves, spec = pytree.tree_flatten(value)
         for k, own in enumerate(self._own[name]):
-            if own == _UNSAID:
+            if own is None:
                 raise errors.InputError(
                     f"{name} has as many entries as there are texts ({self.batch}), and nothing says whether there is "
                     f"one for each: say per_text=[{name!r}], or per_text=[] where all texts share it"
@@ -79,7 +77,7 @@ class Arguments:
                 leaves[k] = leaves[k][at.to(leaves[k].device)]
         return pytree.tree_unflatten(leaves, spec)
 
-    def _is_own(self, name: str, leaf: Any) -> bool | str:
+    def _is_own(self, name: str, leaf: Any) -> bool | None:
         if not isinstance(leaf, Tensor) or (self.per_text is not None and name not in self.per_text):
             return False
         fits = leaf.dim() > 0 and leaf.shape[0] == self.batch
@@ -91,4 +89,4 @@ class Arguments:
             return True
         if not fits or leaf.dim() > 1 or not leaf.is_floating_point():
             return fits
-        return _UNSAID if self.batch > 1 else False  # a scale of each text, or a bias that is as long by chance
+        return None if self.batch > 1 else False  # a scale of each text, or a bias that is as long by chance

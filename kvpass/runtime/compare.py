@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.analysis.sweep import ancestry
-
 # Largest difference, relative to the largest entry: far above reordered sums, far below a key too many.
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -20,13 +18,19 @@ TOLERANCE: dict[torch.dtype, float] = {
 
 def limits(graph: fx.Graph) -> list[float]:
     """For each output how far it may be off: as much as the coarsest type that it is computed in allows."""
-    return [_limit(node) if isinstance(node, fx.Node) else 0.0 for node in graph.output_node().args[0]]  # type: ignore[union-attr]
+    made: dict[Any, float] = {}
+    for node in graph.nodes:
+        own = _limit(node) if node.op == "call_function" else 0.0
+        made[node] = max([own, *(made[x] for x in node.all_input_nodes)])
+    outputs: Any = graph.output_node().args[0]
+    return [max(made[x], _limit(x)) if isinstance(x, fx.Node) else 0.0 for x in outputs]
 
 
 def _limit(node: fx.Node) -> float:
-    made = (value.meta.get("val") for value in ancestry(node) if value.op == "call_function" or value is node)
-    types = {x.dtype for x in made if isinstance(x, torch.Tensor) and x.dtype.is_floating_point}
-    return max((TOLERANCE.get(dtype, 1e-1) for dtype in types), default=0.0)
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return 0.0
+    return TOLERANCE.get(value.dtype, 1e-1)
 
 
 def difference(found: Any, expected: Any, limit: float, meaningful: torch.Tensor | None = None) -> str:

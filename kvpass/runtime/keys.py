@@ -35,9 +35,10 @@ class Keys:
         behind = captured.module.graph.nodes if plan is None else ancestry(*(slot.node for slot in plan.slots))
         read = {node.name for node in behind}
         self._contexts_of_rows = [i for i in self.contexts if i.name in read]
-        self._other_contexts = [i for i in self.contexts if i.name not in read]
+        # Of a hoisted value's key, what is not in `context`.
+        self._hoisted = [i for i in self.contexts if i.batch_axis is not None or i.name not in read]
         head = [(i.role.value, i.batch_axis is not None) for i in (*self.sequences, *self.contexts)]
-        self.signature = repr((head, [i in self._contexts_of_rows for i in self.contexts])).encode()
+        self.signature = repr((head, [i.name in read for i in self.contexts])).encode()
         self.numbers = _free_numbers(captured, captured.module.graph.nodes)
         self._of_rows = _free_numbers(captured, behind)
         first = self.sequences[0]
@@ -122,9 +123,8 @@ class Keys:
         digest.update(self.batch(args).to_bytes(8, "big"))
         for symbol, k in self.numbers:
             digest.update(f"{symbol}={args[k]};".encode())
-        for given in self.contexts:
-            if given.batch_axis is not None or given in self._other_contexts:
-                digest.update(tensor_bytes(args[given.index]))
+        for given in self._hoisted:
+            digest.update(tensor_bytes(args[given.index]))
         return digest.digest()
 
 

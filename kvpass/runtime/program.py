@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -21,7 +20,7 @@ from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import sym
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
-from kvpass.ir import Captured, Role
+from kvpass.ir import Captured, Role, is_dense
 from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
@@ -91,17 +90,8 @@ def _lenders(plan: Plan) -> dict[int, Lender]:
 
 def _dense(plan: Plan) -> frozenset[int]:
     outputs = {k: n.meta["val"] for k, n in enumerate(plan.analyzed.outputs) if isinstance(n, fx.Node)}
-    return frozenset(k for k, value in outputs.items() if isinstance(value, torch.Tensor) and _is_contiguous(value))
-
-
-def _is_contiguous(value: torch.Tensor) -> bool:
-    """For sizes of which nothing is known; `Tensor.is_contiguous` would guard them."""
-    wanted: sympy.Expr = sympy.Integer(1)
-    for size, stride in zip(map(sym, reversed(value.shape)), map(sym, reversed(value.stride())), strict=True):
-        if size != 1 and sympy.expand(stride - wanted) != 0:
-            return False
-        wanted = wanted * size
-    return True
+    tensors = {k: value for k, value in outputs.items() if isinstance(value, torch.Tensor)}
+    return frozenset(k for k, x in tensors.items() if is_dense([*map(sym, x.shape)], [*map(sym, x.stride())]))
 
 
 class Program:

@@ -222,12 +222,12 @@ def _canonical(b: Builder, side: Side, demand: Demand) -> fx.Node:
     fact = b.analyzed.fact(side.node)
     demand = canonical(demand, fact)
     built = b.build(side.node, demand)
+    if _is_canonical(fact, side):
+        return built
     order = [*side.batch, *side.heads, *side.row, *side.depth]
     atoms = list(range(fact.real))
     placed = [k for k in atoms if k in order]
     target = [_lengths(b, fact, demand, group) for group in (side.batch, side.heads, side.row, side.depth)]
-    if _is_canonical(fact, side):
-        return built
     if placed != order:
         built = b.call(aten.reshape.default, built, [_lengths(b, fact, demand, (k,)) for k in placed])
         built = b.call(aten.permute.default, built, [placed.index(k) for k in order])
@@ -236,22 +236,17 @@ def _canonical(b: Builder, side: Side, demand: Demand) -> fx.Node:
 
 def _is_canonical(fact: Fact, side: Side) -> bool:
     """Whether a value is written as ``[batch, heads, rows, depth]`` as it stands."""
-    axes = [fact.flat(d) for d in range(len(fact.dims))]
-    return axes == [range(k, k + 1) for k in range(4)] and (side.batch, side.heads, side.row, side.depth) == (
-        (0,),
-        (1,),
-        (2,),
-        (3,),
-    )
+    axes = [tuple(fact.flat(d)) for d in range(len(fact.dims))]
+    return axes == [side.batch, side.heads, side.row, side.depth] == [(k,) for k in range(4)]
 
 
 def _restored(b: Builder, side: Side, made: fx.Node) -> fx.Node:
     """``[B, H, N, D]`` back into the axes of the captured value."""
     fact = b.analyzed.fact(side.node)
-    order = [*side.batch, *side.heads, *side.row, *side.depth]
-    placed = [k for k in range(fact.real) if k in order]
     if _is_canonical(fact, side):
         return made
+    order = [*side.batch, *side.heads, *side.row, *side.depth]
+    placed = [k for k in range(fact.real) if k in order]
     if placed != order:
         made = b.call(aten.reshape.default, made, [_lengths(b, fact, NEW, (k,)) for k in order])
         made = b.call(aten.permute.default, made, [order.index(k) for k in placed])

@@ -45,7 +45,6 @@ def normalise(captured: Captured) -> None:
     module = captured.module
     graph = module.graph
     decomposed(graph)
-    without_empty(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -12,6 +12,8 @@ import torch
 from sympy import Expr
 from torch.utils._sympy import functions as sizes
 
+from kvpass.ir import is_dense
+
 TYPES: Mapping[torch.dtype, str] = {
     torch.float32: "float",
     torch.float64: "double",
@@ -42,13 +44,7 @@ class Value:
 
     @property
     def dense(self) -> bool:
-        """Row by row, without holes."""
-        expected = sympy.S.One
-        for size, stride in zip(reversed(self.sizes), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected = expected * size
-        return True
+        return is_dense(self.sizes, self.strides)
 
     @property
     def count(self) -> Expr:

@@ -156,6 +156,17 @@ class PaddedAbove(PaddedLeft):
         return self.merge((q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v, layer)
 
 
+class TextsBehindEachOther(Decoder):
+    """Every text gets the rows of the one before it, cut out of a join of the batch with itself."""
+
+    batches = True
+    refused = "KV204"
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = super().enter(ids)
+        return x + 0.5 * torch.cat((x, x))[1 : x.shape[0] + 1]
+
+
 class PaddedRight(Decoder):
     """`attention_mask`, padded on the right: the rows behind it see the text, and nobody sees them."""
 
@@ -233,6 +244,7 @@ MASKS = (
     PaddedRowsJoined,
     PaddedRowsSummed,
     PaddedAbove,
+    TextsBehindEachOther,
     PaddedRight,
     Prefix,
     PrefixOfAll,

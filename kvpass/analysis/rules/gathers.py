@@ -61,12 +61,10 @@ def _lose(op: Op, parts: Parts, label: Label, x: Operand, wraps: bool = True) ->
 
 def _judge_where_read(op: Op, parts: Parts, label: Label, place: Value | None) -> None:
     """An entry that is read at ``place`` means something where that one does."""
-    terms = sympy.And.make_args(op.scope.resolve(parts.valid))
-    mine = [term for term in terms if symbol(label) in term.free_symbols]
-    if mine and place is None:
+    if place is None:
         reads_rows(op, parts, [label])
-    elif mine:
-        parts.valid = sympy.And(*(term.xreplace({symbol(label): place}) if term in mine else term for term in terms))
+    else:
+        parts.valid = op.scope.resolve(parts.valid).xreplace({symbol(label): place})
 
 
 @rule(aten.gather.default)

@@ -394,7 +394,8 @@ def pad(op: Op) -> Out:
             continue
         rows = [label for label in dims[axis] if scope.atoms[label].kind is Kind.SEQ]
         if rows:
-            reads_rows(op, out.parts, rows if before != 0 else [])
+            if before != 0:
+                reads_rows(op, out.parts, rows)
             out.dims[axis] = [_padded_rows(op, x, dims[axis], before, op.shape[axis])]
             if amounts[2 * k + 1] > 0:
                 (new,) = out.dims[axis]

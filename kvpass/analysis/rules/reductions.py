@@ -10,7 +10,7 @@ import torch
 from kvpass import errors
 from kvpass.analysis import laws, shifts
 from kvpass.analysis.expressions import number
-from kvpass.analysis.facts import Fill, Kind, leaf_name
+from kvpass.analysis.facts import Fill, leaf_name
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
 from kvpass.analysis.table import (
     Op,
@@ -342,14 +342,11 @@ def _running(op: Op, axis: int) -> Out:
     if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
         return _along(op, axis)  # type: ignore[no-any-return]
     parts = op.gather()
-    for label in x.dims[axis]:
-        if scope.atoms[label].kind is Kind.BATCH and scope.atoms[label].size != 1:
-            parts.batch = op.cause(f"{name_of(op.node)} runs over the sequences of a batch", errors.MixesBatch)
     rows = set(row_labels(scope, list(x.dims[axis])))
-    reads_rows(op, parts, list(rows))
+    reads_rows(op, parts, rows)
     x.everything |= rows
     scope.full |= rows
-    scope.differ(x.dims[axis])
+    scope.differ(x.dims[axis], f"{name_of(op.node)} runs over the sequences of a batch")
     return Out(x.dims, parts, x.ghosts)
 
 
