@@ -201,6 +201,12 @@ class NumberChanged(Refusal):
     hint = "a number that changes from call to call belongs in a tensor; dynamic=None lets Dynamo guard a fixed one"
 
 
+class NotFlags(Refusal):
+    code = "KV304"
+    template = "{detail}"
+    hint = "the proof takes this input for a mask, as it is multiplied by a very negative number: pass zeros and ones"
+
+
 class OptionError(KvpassError, ValueError):
     """An option of the backend that does not exist or has a malformed value."""
 
@@ -237,4 +243,5 @@ REFUSALS: tuple[type[Refusal], ...] = (
     VerifyMismatch,
     CapacityTooSmall,
     NumberChanged,
+    NotFlags,
 )

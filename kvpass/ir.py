@@ -31,7 +31,10 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Input:
-    """One placeholder. ``seq_axes`` are its sequence axes, ``batch_axis`` the batch axis or None."""
+    """One placeholder. ``seq_axes`` are its sequence axes, ``batch_axis`` the batch axis or None.
+
+    ``flags``: integers, and of this call zeros and ones alone: padding, as a rule, and the proof may take it for that.
+    """
 
     name: str
     index: int
@@ -40,6 +43,7 @@ class Input:
     seq_axes: tuple[int, ...] = ()
     batch_axis: int | None = None
     form: sympy.Basic | None = None
+    flags: bool = False
 
 
 @dataclass(frozen=True)

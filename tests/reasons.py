@@ -123,6 +123,12 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
+def padded_by_a_number(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    scores = q @ k.mT + (1 - kept[:, None, None]) * -1e9
+    return scores.masked_fill(later, -1e9).softmax(-1) @ v
+
+
 def misspelled_option() -> None:
     kvpass.compile(nn.Linear(2, 2), cahce=None)
 
@@ -294,6 +300,14 @@ REASONS = (
         "Pass the number as a tensor, or leave `dynamic` out: Dynamo then guards it.",
         scaled,
         calls=((0.5,), (0.25,)),
+    ),
+    Reason(
+        "KV304",
+        "A mask of integers holds something else than zeros and ones, which would undo another mask. The call is "
+        "answered by the model as it was written.",
+        "Pass a mask of zeros and ones, or of truth values.",
+        padded_by_a_number,
+        calls=((torch.ones(2, 10, dtype=torch.long),), (torch.full((2, 10), 2),)),
     ),
     Reason(
         "KV401",

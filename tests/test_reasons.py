@@ -62,7 +62,7 @@ class Layer(nn.Module):
         if self.names[0] == "x":
             x = self.example(x, *more)
         q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (x, self.key(x), x))
-        y = self.example(q, k, v) if self.names[0] == "q" else sdpa(q, k, v, is_causal=True)
+        y = self.example(q, k, v, *more) if self.names[0] == "q" else sdpa(q, k, v, is_causal=True)
         return self.out(x + y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -145,6 +145,8 @@ def section(reason: Reason) -> str:
         code = f"{how or 'No model is known that brings it; the message is that of a planted fault.'}\n\n"
     if reason.code == "KV303":
         code += "It is called with 0.5 and then with 0.25.\n\n"
+    if reason.code == "KV304":
+        code += "It is called with ones and then with twos.\n\n"
     message = f"```text\n{shown(said(reason.code))}\n```\n\n"
     return f"## {reason.code} {name}\n\n{reason.means}\n\n{code}{message}**What to do.** {reason.do}\n"
 

@@ -245,8 +245,37 @@ def test_a_number_that_changes_says_so_in_the_call(caplog: pytest.LogCaptureFixt
     assert cache.stats().rows_reused == 2 * 9
 
 
+class Padded(Model):
+    """Attention in which one finite number hides later rows, and another one padding."""
+
+    def __init__(self) -> None:
+        super().__init__(same)
+
+    def forward(self, ids: Tensor, kept: Tensor) -> Tensor:
+        x = self.embed(ids)
+        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        scores = (x @ self.key(x).mT + (1 - kept[:, None]) * -1e9).masked_fill(later, -1e9)
+        return self.out(x + scores.softmax(-1) @ x)
+
+
+def test_a_mask_that_is_none_says_so_in_the_call(caplog: pytest.LogCaptureFixture) -> None:
+    """``(1 - 2) * -1e9`` undoes what hides later rows: there the answer is the model's own."""
+    model, cache = Padded(), kvpass.Cache(capacity="8MiB")
+    fast = kvpass.compile(model, cache=cache)
+    kept = torch.ones(ids().shape, dtype=torch.long)
+    reused = []
+    with caplog.at_level(logging.WARNING, "kvpass"):
+        for mask in (kept, kept, 2 * kept, -kept, kept):
+            before = cache.stats().rows_reused
+            torch.testing.assert_close(fast(ids(), mask), model(ids(), mask))
+            reused.append(cache.stats().rows_reused - before)
+    assert caplog.text.count("KV304") == 1
+    assert reused == [0, 9 * len(kept), 0, 0, 9 * len(kept)]
+    assert "zeros and ones" in str(kvpass.explain(model, ids(), kept))
+
+
 def test_every_refusal_has_a_test() -> None:
-    here = {*BY_CALL, "KV103", "KV109", "KV110", "KV301", "KV302", "KV303"}
+    here = {*BY_CALL, "KV103", "KV109", "KV110", "KV301", "KV302", "KV303", "KV304"}
     there = set().union(*(case.codes for case in CASES))
     assert {refusal.code for refusal in errors.REFUSALS} <= here | there
 

@@ -39,6 +39,14 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
 
 
+def are_flags(tensor: torch.Tensor) -> bool:
+    """True of integers that are zeros and ones."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool or not tensor.numel():
+        return False
+    least, most = torch.aminmax(tensor)
+    return bool(least >= 0) and bool(most <= 1)
+
+
 def _first_row_fits(row: torch.Tensor) -> bool:
     """False of a row that no formula below begins with: of a weight, nothing else is read."""
     return int((row[1:] != row[:-1]).sum()) < _MOST_VALUES

@@ -7,15 +7,18 @@ becomes a disjunction over its branches, and a relational is decided from the si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import sympy
+from sympy.core.function import AppliedUndef
 from sympy.functions.elementary.piecewise import Piecewise
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue, to_nnf
 
 Value: TypeAlias = sympy.Basic
 LIMIT = 400  # operations in an expression before it is given up: a mask has a few dozen
+_FEW = 6  # relations in a condition that is written anew
 
 _RELATIONS: dict[str, Callable[[Value, Value], Boolean]] = {
     "eq": sympy.Eq,
@@ -90,12 +93,43 @@ def join(parts: Iterable[tuple[Value, Boolean]]) -> Value | None:
     return None if sympy.count_ops(out) > LIMIT else out
 
 
+def chosen(value: Value, flags: Sequence[Value]) -> Iterator[tuple[Value, Boolean]]:
+    """``value`` for each choice of zero or one for terms in it, and when that is."""
+    zero, one = sympy.Integer(0), sympy.Integer(1)
+    for choice in itertools.product((zero, one), repeat=len(flags)):
+        bits = dict(zip(flags, choice, strict=True))
+        when = (sympy.Eq(flag, zero) if bit == zero else sympy.Ne(flag, zero) for flag, bit in bits.items())
+        yield value.xreplace(bits), sympy.And(*when)
+
+
+def _under(value: Value, condition: Boolean) -> Value:
+    """``value`` where ``condition`` holds, which says what some terms in it are."""
+    terms = [term for term in sympy.And.make_args(condition) if isinstance(term, sympy.Eq)]
+    return value.xreplace({term.lhs: term.rhs for term in terms if isinstance(term.lhs, AppliedUndef)})
+
+
 def tidy(value: Value) -> Value:
-    """The same value without branches that are never taken."""
+    """The same value without branches that are never taken, and with what their conditions say of them."""
+    if not isinstance(value, Piecewise):
+        return value
+    if not all(val.is_number for val, _ in value.args):
+        value = join((_under(val, cond), cond) for val, cond in branches(value)) or value
     if not isinstance(value, Piecewise) or len(value.args) < 3:
         return value
     taken = [(val, pruned(cond)) for val, cond in branches(value)]
     return join((val, cond) for val, cond in taken if cond != sympy.false) or value
+
+
+def minimal(value: Boolean) -> Boolean:
+    """An equivalent condition in few terms, if it is one of few relations."""
+    names: dict[Boolean, Boolean] = {}
+    for k, rel in enumerate(sorted(value.atoms(sympy.core.relational.Relational), key=sympy.default_sort_key)):
+        other = simplify(sympy.Not(rel))
+        names[rel] = sympy.Not(names[other]) if other in names else sympy.Symbol(f"p{k}")
+    if len(names) > _FEW:
+        return value
+    rels = {name: rel for rel, name in names.items() if name.is_Symbol}
+    return simplify(sympy.simplify_logic(value.xreplace(names), deep=False).xreplace(rels))
 
 
 def pruned(value: Boolean) -> Boolean:

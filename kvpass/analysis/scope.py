@@ -76,7 +76,8 @@ class Axes:
 
     ``lead`` entries stand before the first row where an axis holds more than the rows: a prefix of the context. They
     are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
-    is swept; ``context`` says which of them are arguments without rows, by the name of the argument.
+    is swept; ``context`` says which of them are arguments without rows, by the name of the argument. ``flags``
+    says the same of arguments of zeros and ones, and ``taken`` gathers the arguments for which it is used.
     """
 
     seq: sympy.Symbol
@@ -84,6 +85,8 @@ class Axes:
     lead: Expr = ZERO
     laws: Laws = field(default_factory=dict)
     context: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     def start(self, size: Expr) -> Expr:
         """The row of the first entry of a new axis along the sequence."""

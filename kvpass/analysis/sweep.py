@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, FloorDiv, Max, Min, ToFloat
 
@@ -20,7 +21,7 @@ import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
 from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value, branches, constant, is_boolean
+from kvpass.analysis.expressions import LIMIT, Value, branches, chosen, constant, is_boolean, join
 from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
@@ -57,11 +58,13 @@ class Analyzed:
     Attributes:
         kinds: of each value a number, which it shares with those that are the same op on operands of the same facts:
             the layers of a stack repeat them. What weights hold does not enter.
+        flags: inputs of which the facts say that they hold zeros and ones: to be looked at in every call.
     """
 
     captured: Captured
     steps: Mapping[fx.Node, Step]
     kinds: Mapping[fx.Node, int] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
 
     def fact(self, node: fx.Node) -> Fact:
         return self.steps[node].fact
@@ -158,7 +161,8 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
     context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
-    axes = Axes(captured.seq, captured.batch, captured.lead, context=context)
+    flags = {leaf_name(i.name): i.name for i in captured.inputs if i.flags}
+    axes = Axes(captured.seq, captured.batch, captured.lead, context=context, flags=flags)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     repeats = Repeats()
@@ -169,7 +173,7 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
             raise refusal.at(node.name, source_of(node)) from None
         if step is not None:
             steps[node] = step
-    return Analyzed(captured, steps, repeats.kinds)
+    return Analyzed(captured, steps, repeats.kinds, frozenset(axes.taken))
 
 
 def ancestry(*nodes: fx.Node) -> list[fx.Node]:
@@ -282,7 +286,7 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
 
 def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
-    expr = fact.expr
+    expr = _flagged(fact, axes)
     if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node)):
         expr = None
     fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr))
@@ -303,6 +307,28 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
     return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
+
+
+def _flagged(fact: Fact, axes: Axes) -> Value | None:
+    """The closed form as a choice where flags are made a mask: ``(1 - mask) * -1e9`` is 0 or -1e9.
+
+    That is what makes it a mask: of other integers it might undo one that it is added to, or be rounded.
+    """
+    expr, half = fact.expr, fact.dtype in (torch.float16, torch.bfloat16)
+    if expr is None or is_boolean(expr) or not axes.flags or not fact.dtype.is_floating_point:
+        return expr
+    parts: list[tuple[Value, Boolean]] = []
+    for value, condition in branches(expr):
+        leaves = sorted(value.atoms(AppliedUndef), key=str)
+        names = {leaf.func.__name__ for leaf in leaves}
+        options = list(chosen(value, leaves)) if len(leaves) <= 2 and names <= axes.flags.keys() else []
+        large = any(Fill.of(-abs(val)) in (Fill.NEG, Fill.NEG_INF) for val, _ in options if val.is_number)
+        if not options or not (large or half) or not all(val.is_number for val, _ in options):
+            parts.append((value, condition))
+            continue
+        axes.taken.update(axes.flags[name] for name in names)
+        parts += [(val, sympy.And(condition, choice)) for val, choice in options]
+    return join(parts)
 
 
 def _exact(fact: Fact, expr: Value, node: fx.Node) -> bool:

@@ -22,7 +22,17 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.expressions import Value, branches, compare, constant, implies, is_boolean, simplify, substitute
+from kvpass.analysis.expressions import (
+    Value,
+    branches,
+    compare,
+    constant,
+    implies,
+    is_boolean,
+    minimal,
+    simplify,
+    substitute,
+)
 from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind, Prefix
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
@@ -128,7 +138,8 @@ def support_of(value: Value) -> tuple[Boolean, Fill] | None:
     for fill in (Fill.NEG_INF, Fill.NEG, Fill.ZERO):
         outside = [cond for val, cond in parts if val.is_number and Fill.of(val) is fill]
         if outside:
-            return simplify(sympy.Not(sympy.Or(*outside))), fill
+            kept = simplify(sympy.Not(sympy.Or(*outside)))
+            return (kept if len(outside) == 1 else minimal(kept)), fill
     return None
 
 
@@ -231,14 +242,17 @@ def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Bool
 
 
 def reads_rows(op: Op, parts: Parts, labels: Iterable[Label], support: Boolean = sympy.true) -> None:
-    """Rows are read, where ``support`` holds, by other rows: all that are read must mean something."""
+    """Rows are read, where ``support`` holds, by other rows: all that are read must mean something.
+
+    Raises:
+        EmptyRow: some may not, and whatever is made of them is not what the model makes, the last row included.
+    """
     scope = op.scope
     terms = sympy.And.make_args(scope.resolve(parts.valid))
     rows = {symbol(label) for label in labels}
     mine = [term for term in terms if rows & term.free_symbols]
     if mine and not implies(scope.resolve(support), sympy.And(*mine)):
-        why = f"{name_of(op.node)} reads rows whose own mask may have kept no key"
-        parts.whole = parts.whole or op.cause(why, errors.EmptyRow)
+        raise errors.EmptyRow(detail=f"{name_of(op.node)} reads rows whose own mask may have kept no key")
     parts.valid = sympy.And(*(term for term in terms if term not in mine))
 
 

@@ -49,8 +49,8 @@ class RefusalReport:
 class InputReport:
     """One argument of the graph that is no weight.
 
-    ``role``: ``sequence`` (its rows are the key), ``form`` (a mask held to ``form`` at every call) or ``context`` (its
-    bytes are part of every row's key).
+    ``role``: ``sequence`` (its rows are the key), ``form`` (a mask over pairs of rows) or ``context`` (its bytes are
+    part of every row's key). ``form``: what it is held to at every call.
     """
 
     name: str

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from kvpass import errors
+from kvpass.analysis.buffers import are_flags
 from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import sym
@@ -155,10 +156,10 @@ class Program:
         self._check = check
 
     def __call__(self, *args: Any) -> Outputs:
-        if self._check is not None and not self._passes(args):
+        if not self._holds(args) or (self._check is not None and not self._passes(args)):
             return self._plainly(args)
         bound = self._current(args)
-        if bound is None or not self._numbers_hold(args) or not self._forms_hold(args):
+        if bound is None:
             return self._plainly(args)
         rows, width = bound.keys.rows(args)
         length = bound.keys.length(args) + bound.keys.lead(args)
@@ -249,6 +250,10 @@ class Program:
             incremental, keys, weights, table, _lenders(plan), _dense(plan), steps.module, hoisted, remembered, steps
         )
 
+    def _holds(self, args: Sequence[Any]) -> bool:
+        """Whether the arguments are what the proof takes them for."""
+        return self._numbers_hold(args) and self._forms_hold(args) and self._flags_hold(args)
+
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
         for k, number in self.captured.scalars.items():
@@ -267,6 +272,18 @@ class Program:
         for given in self.captured.of(Role.FORM):
             if not form_holds(args[given.index], given.form):
                 self._warn(given.name, f"{given.source} is no longer {given.form}: the call runs without the cache")
+                return False
+        return True
+
+    def _flags_hold(self, args: Sequence[Any]) -> bool:
+        """A mask of integers holds zeros and ones, if the proof says so of it."""
+        if self._bound is None:
+            return True
+        taken = self._bound.incremental.plan.analyzed.flags
+        for given in self.captured.inputs:
+            if given.name in taken and not are_flags(args[given.index]):
+                detail = f"{given.source} has more than zeros and ones: the call runs without the cache"
+                self._warn(given.name, str(errors.NotFlags(detail=detail)))
                 return False
         return True
 

@@ -120,6 +120,42 @@ class PaddedLeftTwice(PaddedLeft):
         return None  # a padded row is the mean of the padded ones up to its own
 
 
+class PaddedByHand(PaddedLeft):
+    """GPT-2 as it was written until 2023: later scores are replaced by a finite number, and padded ones get another."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        low = torch.finfo(x.dtype).min
+        score = torch.where(j <= i, q @ k.mT * DEPTH**-0.5, torch.full([], low, dtype=x.dtype))
+        padding = (1.0 - more[0][:, None, None].to(x.dtype)) * low
+        return self.merge((score + padding).softmax(-1) @ v, layer)
+
+
+class PaddedWithin(PaddedByHand):
+    """The padding first: a padded row is a mean over all keys, later ones among them."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score = q @ k.mT * DEPTH**-0.5 - (1 - more[0][:, None, None]) * 1e9
+        return self.merge(torch.where(j <= i, score, -1e9).softmax(-1) @ v, layer)
+
+
+class PaddedWithFloor(PaddedByHand):
+    """Llama as it was: two masks of the lowest number are added, and the sum is given a floor."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        size, low = x.shape[1], torch.finfo(x.dtype).min
+        causal, count = torch.full((size, size), low, dtype=x.dtype), torch.arange(size)
+        causal = causal.masked_fill(count < (count + 1)[:, None], 0)
+        hidden = 1.0 - more[0][:, None, None].expand(-1, 1, size, size).to(x.dtype)
+        mask = hidden.masked_fill(hidden.bool(), low) + causal
+        score = torch.max(q @ k.mT * DEPTH**-0.5 + mask, torch.tensor(low))
+        return self.merge(score.softmax(-1) @ v, layer)
+
+
 class PaddedRowsRead(PaddedLeftFinite):
     """Behind it each row reads the one before it: a padded one, which is a mean over all keys, by a token."""
 
@@ -130,6 +166,13 @@ class PaddedRowsRead(PaddedLeftFinite):
 
     def before(self, x: Tensor) -> Tensor:
         return nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class PaddedRowsReadByTheLast(PaddedRowsRead):
+    """All rows, by the last one: that is the only one that is asked for."""
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Tensor:
+        return self.head(scaled_dot_product_attention(x, x, x, is_causal=True)[:, -1:])
 
 
 class PaddedRowsJoined(PaddedRowsRead):
@@ -240,7 +283,11 @@ MASKS = (
     PaddedLeft,
     PaddedLeftFinite,
     PaddedLeftTwice,
+    PaddedByHand,
+    PaddedWithin,
+    PaddedWithFloor,
     PaddedRowsRead,
+    PaddedRowsReadByTheLast,
     PaddedRowsJoined,
     PaddedRowsSummed,
     PaddedAbove,
