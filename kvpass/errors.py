@@ -201,10 +201,10 @@ class NumberChanged(Refusal):
     hint = "a number that changes from call to call belongs in a tensor; dynamic=None lets Dynamo guard a fixed one"
 
 
-class NotFlags(Refusal):
+class OtherEntries(Refusal):
     code = "KV304"
     template = "{detail}"
-    hint = "the proof takes this input for a mask, as it is multiplied by a very negative number: pass zeros and ones"
+    hint = "the proof takes this input for a mask, by what it held at first: pass the same numbers, or truth values"
 
 
 class OptionError(KvpassError, ValueError):
@@ -243,5 +243,5 @@ REFUSALS: tuple[type[Refusal], ...] = (
     VerifyMismatch,
     CapacityTooSmall,
     NumberChanged,
-    NotFlags,
+    OtherEntries,
 )

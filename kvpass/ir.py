@@ -29,12 +29,16 @@ class Role(enum.Enum):
     CONTEXT = "context"  # everything else: its bytes are part of the key of every row
 
 
+class Entries(enum.Enum):
+    """All that an input holds, as far as one call tells: padding, as a rule, and the proof may take it for that."""
+
+    FLAGS = "zeros and ones"
+    MASK = "zeros and very negative numbers"
+
+
 @dataclass(frozen=True)
 class Input:
-    """One placeholder. ``seq_axes`` are its sequence axes, ``batch_axis`` the batch axis or None.
-
-    ``flags``: integers, and of this call zeros and ones alone: padding, as a rule, and the proof may take it for that.
-    """
+    """One placeholder. ``seq_axes`` are its sequence axes, ``batch_axis`` the batch axis or None."""
 
     name: str
     index: int
@@ -43,7 +47,7 @@ class Input:
     seq_axes: tuple[int, ...] = ()
     batch_axis: int | None = None
     form: sympy.Basic | None = None
-    flags: bool = False
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)

@@ -303,9 +303,9 @@ REASONS = (
     ),
     Reason(
         "KV304",
-        "A mask of integers holds something else than zeros and ones, which would undo another mask. The call is "
-        "answered by the model as it was written.",
-        "Pass a mask of zeros and ones, or of truth values.",
+        "A mask that the caller passes holds other numbers than in the first call, where they were zeros and ones, or "
+        "zeros and very negative numbers. The call is answered by the model as it was written.",
+        "Pass the same numbers, or a mask of truth values.",
         padded_by_a_number,
         calls=((torch.ones(2, 10, dtype=torch.long),), (torch.full((2, 10), 2),)),
     ),

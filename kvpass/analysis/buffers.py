@@ -14,6 +14,7 @@ import torch
 
 from kvpass.analysis.expressions import Value, boolean, constant
 from kvpass.analysis.facts import Fill, index
+from kvpass.ir import Entries
 
 _MAX_ENTRIES = 1 << 26
 _MOST_VALUES = 4  # runs of equal entries along the offsets of a band; the first row of the other forms has two
@@ -39,12 +40,25 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
 
 
-def are_flags(tensor: torch.Tensor) -> bool:
-    """True of integers that are zeros and ones."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool or not tensor.numel():
+def entries_of(tensor: torch.Tensor) -> Entries | None:
+    """What a tensor with an entry for each row may be taken for, by what it holds now.
+
+    Floats are one of each row, ``[B, S]`` and not all zero, or as they are added to scores, ``[B, 1, 1, S]``.
+    """
+    floats = tensor.is_floating_point()
+    if floats and tensor.dim() == 4 and tensor.shape[1] == tensor.shape[2] == 1 and holds(tensor, Entries.MASK):
+        return Entries.MASK
+    if floats and (tensor.dim() != 2 or not bool(tensor.any())):
+        return None
+    return Entries.FLAGS if holds(tensor, Entries.FLAGS) else None
+
+
+def holds(tensor: torch.Tensor, entries: Entries) -> bool:
+    """Whether these are all entries of a tensor of numbers."""
+    if tensor.is_complex() or tensor.dtype is torch.bool or not tensor.numel():
         return False
-    least, most = torch.aminmax(tensor)
-    return bool(least >= 0) and bool(most <= 1)
+    other = tensor == 1 if entries is Entries.FLAGS else tensor <= -1e4
+    return bool(((tensor == 0) | other).all())
 
 
 def _first_row_fits(row: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope, quotient
 from kvpass.analysis.table import RULES, Op, Out, support_of
-from kvpass.ir import Captured, Input, Role
+from kvpass.ir import Captured, Entries, Input, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ class Analyzed:
     Attributes:
         kinds: of each value a number, which it shares with those that are the same op on operands of the same facts:
             the layers of a stack repeat them. What weights hold does not enter.
-        flags: inputs of which the facts say that they hold zeros and ones: to be looked at in every call.
+        taken: inputs of which the facts say that they hold their `Entries`: to be looked at in every call.
     """
 
     captured: Captured
     steps: Mapping[fx.Node, Step]
     kinds: Mapping[fx.Node, int] = field(default_factory=dict)
-    flags: frozenset[str] = frozenset()
+    taken: frozenset[str] = frozenset()
 
     def fact(self, node: fx.Node) -> Fact:
         return self.steps[node].fact
@@ -161,7 +161,7 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
         Refusal: an op has no rule, or splits the sequence; it names the node and the user's line.
     """
     context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
-    flags = {leaf_name(i.name): i.name for i in captured.inputs if i.flags}
+    flags = {leaf_name(i.name): i.name for i in captured.inputs if i.entries is Entries.FLAGS}
     axes = Axes(captured.seq, captured.batch, captured.lead, context=context, flags=flags)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
@@ -198,7 +198,7 @@ def _step(
         given = inputs[node.name]
         if given.role is Role.SYMBOL:
             return None
-        return _source(node, given.role, _input_fact(node, given, captured), repeats)
+        return _source(node, given.role, _input_fact(node, given, captured, axes), repeats)
     if node.op == "get_attr":
         tensor = attribute(captured.module, str(node.target))
         if not isinstance(tensor, torch.Tensor):
@@ -229,7 +229,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
-def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
+def _input_fact(node: fx.Node, given: Input, captured: Captured, axes: Axes) -> Fact:
     if given.role is Role.CONSTANT:
         return _constant_fact(node, captured.constants[node.name])
     value = node.meta["val"]
@@ -244,7 +244,16 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured) -> Fact:
     fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT, sequence=given.role is Role.SEQUENCE)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    return settle(replace(fact, deps=frozenset(fact.rows)), node, Axes(captured.seq, captured.batch, captured.lead))
+    if fact.dtype.is_floating_point and given.entries is not None:
+        axes.taken.add(given.name)
+        fact = fact.with_expr(_entry(_leaf(node, fact), given.entries, fact.dtype))
+    return settle(replace(fact, deps=frozenset(fact.rows)), node, axes)
+
+
+def _entry(leaf: Value, entries: Entries, dtype: torch.dtype) -> Value:
+    """A mask of floats as a choice; of very negative numbers it is all the same which one."""
+    other = sympy.Integer(1) if entries is Entries.FLAGS else constant(torch.finfo(dtype).min)
+    return sympy.Piecewise((other, sympy.Ne(leaf, 0)), (sympy.Integer(0), True))
 
 
 def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:

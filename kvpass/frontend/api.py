@@ -43,10 +43,10 @@ def mark_growing(*given: Any) -> None:
 
 
 def _mark(value: Any) -> None:
-    """Say that the sequence axis varies: axis 1, or the only one; the last two of a square mask."""
+    """Say that the sequence axis varies: axis 1, or the only one; the last two of a square mask; keys of all queries."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return
-    axes = [0] if value.dim() == 1 else [1]
+    axes = [0] if value.dim() == 1 else [3] if value.dim() == 4 and value.shape[1] == value.shape[2] == 1 else [1]
     if value.dim() >= 2 and value.shape[-1] == value.shape[-2] and value.shape[-1] > 1 and value.dim() != 3:
         axes = [value.dim() - 2, value.dim() - 1]
     for axis in axes:

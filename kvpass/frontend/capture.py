@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from kvpass import errors
-from kvpass.analysis.buffers import are_flags, closed_form
+from kvpass.analysis.buffers import closed_form, entries_of
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.frontend.export import exported, value_of
 from kvpass.frontend.higher_order import expanded
@@ -319,7 +319,7 @@ def _tensor_input(
     role = Role.SEQUENCE if axes else Role.CONTEXT
     if not axes and (batch == 1 or lead is None):
         lead = None
-    return Input(name, k, role, source, axes, lead, flags=role is Role.SEQUENCE and are_flags(real))
+    return Input(name, k, role, source, axes, lead, entries=entries_of(real) if axes else None)
 
 
 def _is_batch(fake: torch.Tensor, batch: sympy.Expr, apart: bool) -> bool:

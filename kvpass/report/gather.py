@@ -81,7 +81,7 @@ def _rewritten(incremental: Incremental) -> GraphReport:
     outputs = output_reports(analyzed)
     return GraphReport(
         proven=True,
-        inputs=input_reports(analyzed.captured, analyzed.flags),
+        inputs=input_reports(analyzed.captured, analyzed.taken),
         outputs=outputs,
         attention=attention_reports(incremental, found.values()),
         unrecognised=unrecognised(analyzed, missed),
@@ -103,7 +103,7 @@ def _tail(plan: Plan) -> int | str:
     return int(plan.tail) if plan.tail.is_Integer else Sizes(plan.analyzed.captured).text(plan.tail)
 
 
-def input_reports(captured: Captured, flags: Collection[str] = ()) -> tuple[InputReport, ...]:
+def input_reports(captured: Captured, taken: Collection[str] = ()) -> tuple[InputReport, ...]:
     """Every argument that is neither a weight nor a size."""
     nodes = {node.name: node for node in captured.module.graph.nodes if node.op == "placeholder"}
     names, sizes = display_names(captured), Sizes(captured)
@@ -111,7 +111,7 @@ def input_reports(captured: Captured, flags: Collection[str] = ()) -> tuple[Inpu
     for given in captured.of(Role.SEQUENCE, Role.FORM, Role.CONTEXT):
         value = nodes[given.name].meta["val"]
         shape = sizes.shape(sym(size) for size in value.shape)
-        form = "0 or 1" if given.name in flags else _form(given)
+        form = given.entries.value if given.name in taken and given.entries is not None else _form(given)
         out.append(InputReport(names[given.name], given.role.value, shape, short(value.dtype), form))
     return tuple(out)
 

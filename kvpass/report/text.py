@@ -100,7 +100,7 @@ def _refusal(refusal: RefusalReport) -> list[str]:
 _ROLES: dict[str, Callable[[str], str]] = {
     "sequence": lambda form: (
         "its rows are the sequence, and the key under which rows are kept"
-        + ("; a call with others than zeros and ones runs plain" if form else "")
+        + (f"; other calls than with {form} run plain" if form else "")
     ),
     "form": lambda form: f"a mask over pairs of rows that equals {form}; compared with it at every call",
     "context": lambda _: "context: its contents are part of the key of every row",

@@ -167,8 +167,8 @@ def _table(tensor: torch.Tensor, given: Input, batch: int, length: int) -> np.nd
         plain = plain.movedim(axis, 0).reshape(1, length, -1)
     elif axis != 1:
         plain = plain.movedim(axis, 1)
-    plain = plain.cpu().contiguous()
-    table = plain.reshape(plain.shape[0], length, -1).view(torch.uint8).numpy()
+    flat = plain.cpu().contiguous().reshape(-1)  # what an axis of size one has for a stride is open
+    table = flat.view(torch.uint8).numpy().reshape(plain.shape[0], length, -1)
     return table if table.shape[0] == batch else np.broadcast_to(table, (batch, *table.shape[1:]))
 
 

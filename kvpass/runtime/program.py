@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.buffers import are_flags
+from kvpass.analysis.buffers import holds
 from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import sym
@@ -252,7 +252,7 @@ class Program:
 
     def _holds(self, args: Sequence[Any]) -> bool:
         """Whether the arguments are what the proof takes them for."""
-        return self._numbers_hold(args) and self._forms_hold(args) and self._flags_hold(args)
+        return self._numbers_hold(args) and self._forms_hold(args) and self._entries_hold(args)
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
@@ -275,15 +275,13 @@ class Program:
                 return False
         return True
 
-    def _flags_hold(self, args: Sequence[Any]) -> bool:
-        """A mask of integers holds zeros and ones, if the proof says so of it."""
-        if self._bound is None:
-            return True
-        taken = self._bound.incremental.plan.analyzed.flags
+    def _entries_hold(self, args: Sequence[Any]) -> bool:
+        """Masks that the caller passes hold the numbers that the proof takes them to hold."""
+        taken = frozenset[str]() if self._bound is None else self._bound.incremental.plan.analyzed.taken
         for given in self.captured.inputs:
-            if given.name in taken and not are_flags(args[given.index]):
-                detail = f"{given.source} has more than zeros and ones: the call runs without the cache"
-                self._warn(given.name, str(errors.NotFlags(detail=detail)))
+            if given.name in taken and given.entries is not None and not holds(args[given.index], given.entries):
+                detail = f"{given.source} holds more than {given.entries.value}: the call runs without the cache"
+                self._warn(given.name, str(errors.OtherEntries(detail=detail)))
                 return False
         return True
 

@@ -142,6 +142,29 @@ class PaddedWithin(PaddedByHand):
         return self.merge(torch.where(j <= i, score, -1e9).softmax(-1) @ v, layer)
 
 
+class PaddedByFloats(PaddedWithin):
+    """The same of a mask of floats: ones, and zeros for padding."""
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return (left_padding(ids).float(),)
+
+
+class PaddedByAddition(PaddedByHand):
+    """The caller passes what is added to the scores."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        return Decoder.enter(self, ids)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score = torch.where(j <= i, q @ k.mT * DEPTH**-0.5, -1e9)
+        return self.merge((score + more[0]).softmax(-1) @ v, layer)
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return ((1 - left_padding(ids)[:, None, None]).float() * -1e9,)
+
+
 class PaddedWithFloor(PaddedByHand):
     """Llama as it was: two masks of the lowest number are added, and the sum is given a floor."""
 
@@ -285,6 +308,8 @@ MASKS = (
     PaddedLeftTwice,
     PaddedByHand,
     PaddedWithin,
+    PaddedByFloats,
+    PaddedByAddition,
     PaddedWithFloor,
     PaddedRowsRead,
     PaddedRowsReadByTheLast,
