@@ -20,7 +20,7 @@ from kvpass.ir import address
 from kvpass.lowering import build, cpp
 from kvpass.lowering.specialise import specialise
 from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
-from kvpass.lowering.tape.trace import Operand, Traced, trace
+from kvpass.lowering.tape.trace import Operand, Traced, trace, tracing
 from kvpass.lowering.tape.words import CALLS, Value
 
 SOURCE = cpp.SOURCE.with_name("tape.cpp")
@@ -100,8 +100,9 @@ class Tape:
         hints: Mapping[sympy.Symbol, int],
         rows: sympy.Symbol | None = None,
     ) -> None:
-        traced = trace(module, operands, hints)
-        plan = Planner(module, traced, operands, rows)
+        with tracing:
+            traced = trace(module, operands, hints)
+            plan = Planner(module, traced, operands, rows)
         self._rows = None if plan.by_rows is None else plan.by_rows.places[traced.symbols[rows]]
         self.lock = threading.Lock()
         self.buffers, self.outputs = plan.buffers, plan.outputs

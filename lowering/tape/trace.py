@@ -7,6 +7,7 @@ PyTorch's own tracers do: their state belongs to the whole process, and a tape i
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ class Traced:
     values: Mapping[fx.Node, Any]
     symbols: Mapping[sympy.Symbol, sympy.Symbol]
     guards: tuple[sympy.Basic, ...]
+
+
+# For one thread at a time: PyTorch's mode of tracing before dispatch is one for the whole process, and takes sizes that
+# another thread computes with for those of its trace.
+tracing = threading.Lock()
 
 
 def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sympy.Symbol, int]) -> Traced:
