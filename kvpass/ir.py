@@ -77,6 +77,11 @@ class Captured:
         """Whether the graph is valid for texts of so many rows."""
         return all(holds(guard, self.seq, length) for guard in self.guards)
 
+    @property
+    def rows_first(self) -> bool:
+        """Whether texts stand in columns, ``[S, B]``."""
+        return any(i.batch_axis is not None and i.seq_axes[0] < i.batch_axis for i in self.of(Role.SEQUENCE))
+
     def of(self, *roles: Role) -> list[Input]:
         return [i for i in self.inputs if i.role in roles]
 

@@ -36,17 +36,29 @@ def compile(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return call
 
 
-def mark_growing(*given: Any) -> None:
-    """Say of all tensors in there that they grow, so that the first capture has a symbolic length already."""
+def mark_growing(*given: Any, axis: int = 1) -> None:
+    """Say of all tensors in there that they grow, so that the first capture has a symbolic length already.
+
+    Args:
+        axis: of tokens ``[B, S]``; 0 where they are ``[S, B]``.
+    """
     for value in pytree.tree_leaves(given):
-        _mark(value)
+        _mark(value, axis)
 
 
-def _mark(value: Any) -> None:
-    """Say that the sequence axis varies: axis 1, or the only one; the last two of a square mask; keys of all queries."""
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def _mark(value: Any, of_tokens: int) -> None:
+    """Say that the sequence axis varies: axis 1, or the only one; the last two of a square mask, the last of
+    ``[B, 1, 1, S]``.
+    """
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return
     axes = [0] if value.dim() == 1 else [3] if value.dim() == 4 and value.shape[1] == value.shape[2] == 1 else [1]
+    if _are_tokens(value):
+        axes = [of_tokens]
     if value.dim() >= 2 and value.shape[-1] == value.shape[-2] and value.shape[-1] > 1 and value.dim() != 3:
         axes = [value.dim() - 2, value.dim() - 1]
     for axis in axes:
@@ -78,11 +90,21 @@ def wait(fast: Callable[..., Any] | None = None, timeout: float | None = None) -
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compile a model for these arguments, without using a cache of the user's, and report what was found."""
+    report = _explained(model, args, kwargs, axis=1)
+    if not report.proven and any(map(_are_tokens, pytree.tree_leaves((args, kwargs)))):
+        columns = _explained(model, args, kwargs, axis=0)
+        report = columns if columns.proven else report
+    return report
+
+
+def _explained(model: Callable[..., Any], args: Any, kwargs: Any, axis: int) -> Any:
+    """``axis``: of tokens, along which texts grow."""
     from kvpass.report import Report
 
     with recording() as found, torch.no_grad():
         torch._dynamo.reset()
-        compile(model)(*args, **kwargs)
+        mark_growing(args, kwargs, axis=axis)
+        torch.compile(model, backend="kvpass")(*args, **kwargs)
     wait()
     torch._dynamo.reset()
     return Report.of(found)

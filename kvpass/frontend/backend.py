@@ -23,7 +23,7 @@ from kvpass import errors
 from kvpass.analysis.facts import Kind
 from kvpass.analysis.sweep import Analyzed
 from kvpass.cache import Cache
-from kvpass.frontend import autocast
+from kvpass.frontend import autocast, substitutes  # noqa: F401  (before Dynamo traces)
 from kvpass.frontend.capture import captures
 from kvpass.frontend.higher_order import inlined
 from kvpass.frontend.pipeline import incrementalise
@@ -156,7 +156,8 @@ def _proven(
         try:
             incremental = incrementalise(captured, autotune=autotune)
         except errors.Refusal as refusal:
-            refused = refused or (captured, refusal)
+            if refused is None or refused[0].rows_first:
+                refused = captured, refusal
         else:
             if refused is None or _answers_by_row(incremental.plan.analyzed):
                 return captured, incremental

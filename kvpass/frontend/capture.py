@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -49,29 +49,53 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
-    growing = _sequence_symbols(fakes, constant, _answered(gm))
+    fixed_length, growing = None, list[tuple[sympy.Symbol, bool]]()
+    try:
+        growing = [(seq, False) for seq in _sequence_symbols(fakes, constant, _answered(gm))]
+    except errors.Refusal as refusal:
+        fixed_length = refusal
+    for seq in _symbols_before_the_batch(fakes, constant):  # which says more of what is given than the other reading
+        place = next((k for k, other in enumerate(growing) if other == (seq, False)), len(growing))
+        growing.insert(place, (seq, True))
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
     module = exported(gm, fakes)
     without_empty(module.graph)
     refused: list[errors.Refusal] = []
     fixed = _numbers(fakes)
-    for seq in growing:
+    for seq, rows_first in growing:
         if seq in fixed:
             refused.append(fixed[seq][1])
             continue
-        for apart in (False, True) if _undecided(fakes, constant, seq) else (False,):
+        for apart in (False, True) if _undecided(fakes, constant, seq, rows_first) else (False,):
+            reading = _Reading(seq, rows_first, apart)
             try:
-                described = _described(copied(module), places, fakes, real, constant, seq, apart)
+                described = _described(copied(module), places, fakes, real, constant, reading)
             except errors.Refusal as refusal:
                 refused += [] if apart else [refusal]
                 continue
             first, *others = _leads(described.module, seq)
             yield replace(described, scalars=scalars, lead=first)
             for lead in others:
-                described = _described(copied(module), places, fakes, real, constant, seq, apart)
+                described = _described(copied(module), places, fakes, real, constant, reading)
                 yield replace(described, scalars=scalars, lead=lead)
+    if fixed_length is not None:
+        raise fixed_length
     if len(refused) == len(growing):
         raise refused[0]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the axes of the inputs are taken for.
+
+    Attributes:
+        rows_first: tokens are ``[S, B]``.
+        apart: a float vector as long as the batch has an entry for each sequence.
+    """
+
+    seq: sympy.Symbol
+    rows_first: bool = False
+    apart: bool = False
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -177,6 +201,13 @@ def _sequence_symbols(
     raise errors.SingleRow() if lengths == {1} else _static_length(fakes, lengths)
 
 
+def _symbols_before_the_batch(fakes: Sequence[Any], constant: Sequence[bool]) -> list[sympy.Symbol]:
+    """The symbols of the first axes of integer inputs ``[S, B]``."""
+    given = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and isinstance(f, torch.Tensor)]
+    sizes = [sym(f.shape[0]) for f in given if f.dim() == 2 and not f.is_floating_point()]
+    return list(dict.fromkeys(size for size in sizes if size.is_Symbol))
+
+
 def _static_length(fakes: Sequence[Any], lengths: set[int]) -> errors.StaticLength:
     """Why a length is fixed: nobody said that it varies, or the model made a number of it."""
     found = (refusal for number, refusal in _numbers(fakes).values() if number in lengths)
@@ -231,10 +262,10 @@ def _described(
     fakes: Sequence[Any],
     real: Sequence[Any],
     constant: Sequence[bool],
-    seq: sympy.Symbol,
-    apart: bool,
+    reading: _Reading,
 ) -> Captured:
-    batch = _batch_size(fakes, constant, seq)
+    seq = reading.seq
+    batch = _batch_size(fakes, constant, seq, reading.rows_first)
     inputs, constants = [], {}
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     for k, (node, fake, value) in enumerate(zip(nodes, fakes, real, strict=True)):
@@ -242,7 +273,7 @@ def _described(
         source = source() if callable(source) else str(source)
         given = Input(node.name, k, Role.SYMBOL, source)
         if isinstance(fake, torch.Tensor):
-            given = _tensor_input(node.name, k, source, fake, value, constant[k], seq, batch, apart)
+            given = _tensor_input(node.name, k, source, fake, value, constant[k], reading, batch)
             if given.role is Role.CONSTANT:
                 constants[node.name] = value
         inputs.append(given)
@@ -279,8 +310,10 @@ def _is_text(x: fx.Node, axis: int, seq: sympy.Symbol) -> bool:
     return bool(sizes[axis] == seq and sum(size.has(seq) for size in sizes) == 1)
 
 
-def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> sympy.Expr:
-    """Axis 0 of the sequence inputs; inputs with one row of batch serve all sequences."""
+def _batch_size(
+    fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol, rows_first: bool = False
+) -> sympy.Expr:
+    """Axis 0 of the sequence inputs, or the one behind the rows; inputs with one row of batch serve all sequences."""
     sizes = []
     for fake, fixed in zip(fakes, constant, strict=True):
         if fixed or not isinstance(fake, torch.Tensor):
@@ -290,6 +323,8 @@ def _batch_size(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbo
             raise errors.AmbiguousAxes(detail="batch and sequence had the same length when the graph was captured")
         if axes and axes[0] > 0:
             sizes.append(sym(fake.shape[0]))
+        elif rows_first and axes == [0] and fake.dim() > 1:
+            sizes.append(sym(fake.shape[1]))
     return next((s for s in sizes if s != 1), sympy.Integer(1))
 
 
@@ -300,16 +335,18 @@ def _tensor_input(
     fake: torch.Tensor,
     real: Any,
     fixed: bool,
-    seq: sympy.Symbol,
+    reading: _Reading,
     batch: sympy.Expr,
-    apart: bool,
 ) -> Input:
+    seq = reading.seq
     if fixed:
         return Input(name, k, Role.CONSTANT, source)
     axes = tuple(a for a, size in enumerate(fake.shape) if sym(size) == seq)
     if any(sym(size).has(seq) and sym(size) != seq for size in fake.shape):
         raise errors.NoSequence(detail=f"{source} has an axis whose length is computed from the sequence's")
-    lead = 0 if 0 not in axes and _is_batch(fake, batch, apart) else None
+    lead = 0 if 0 not in axes and _is_batch(fake, batch, reading.apart) else None
+    if reading.rows_first and 1 not in axes and (lead is None or fake.dim() > 2) and _behind_rows(fake, batch):
+        lead = 1
     if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
         raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
     if len(axes) == 2:
@@ -322,16 +359,20 @@ def _tensor_input(
     return Input(name, k, role, source, axes, lead, entries=entries_of(real) if axes else None)
 
 
+def _behind_rows(fake: torch.Tensor, batch: sympy.Expr) -> bool:
+    return bool(batch != 1 and fake.dim() > 1 and sym(fake.shape[1]) == batch)
+
+
 def _is_batch(fake: torch.Tensor, batch: sympy.Expr, apart: bool) -> bool:
     """Axis 0 is the batch. Of a float vector as long as a batch of fixed size, no size says it: each is a reading."""
     own = apart or bool(batch.free_symbols) or (not fake.is_floating_point() and batch != 1)
     return bool((fake.dim() > 1 or (fake.dim() == 1 and own)) and sym(fake.shape[0]) == batch)
 
 
-def _undecided(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol) -> bool:
+def _undecided(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol, rows_first: bool) -> bool:
     """Whether there is such a vector."""
     try:
-        batch = _batch_size(fakes, constant, seq)
+        batch = _batch_size(fakes, constant, seq, rows_first)
     except errors.AmbiguousAxes:  # which every reading says
         return False
     given = [f for f, fixed in zip(fakes, constant, strict=True) if not fixed and isinstance(f, torch.Tensor)]

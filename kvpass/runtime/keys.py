@@ -85,7 +85,7 @@ class Keys:
             tables.append(_place(self.hoisting(args), batch, length))
         for given in () if self.together else self._contexts_of_rows:
             if given.batch_axis is not None:
-                tables.append(_own_context(args[given.index], batch, length))
+                tables.append(_own_context(args[given.index].movedim(given.batch_axis, 0), batch, length))
         table = tables[0] if len(tables) == 1 else np.concatenate(tables, axis=2)
         if self.ahead:
             table = np.concatenate([table, self._prefixes(args, table, lead)], axis=2)
@@ -112,9 +112,9 @@ class Keys:
         for symbol, k in self._of_rows:
             digest.update(f"{symbol}={args[k]};".encode())
         for given in self.sequences:
-            digest.update(
-                f"{args[given.index].dtype}{tuple(args[given.index].shape[given.seq_axes[0] + 1 :])}".encode()
-            )
+            value = args[given.index]
+            width = [n for k, n in enumerate(value.shape) if k not in given.seq_axes and k != given.batch_axis]
+            digest.update(f"{value.dtype}{width}".encode())
         return digest.digest()
 
     def hoisting(self, args: Sequence[Any]) -> bytes:

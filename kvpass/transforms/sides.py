@@ -187,7 +187,10 @@ def side_of(node: fx.Node, fact: Fact, row: Any, depth: Any, heads: list[int] | 
 
 
 def count(fact: Fact, atoms: tuple[int, ...]) -> int:
-    return int(sympy.Mul(*(fact.atoms[k].size for k in atoms)))
+    size = sympy.Mul(*(fact.atoms[k].size for k in atoms))
+    if not size.is_Integer:
+        raise NotRecognised(f"an axis of {size} entries, whose number is not known")
+    return int(size)
 
 
 def grouped(analyzed: Analyzed, key: Side, value: Side) -> tuple[Side, Side, float]:

@@ -59,7 +59,7 @@ class Multihead(Model):
 
 
 class Encoder(Model):
-    """`is_causal` is said: where it is not, PyTorch looks into the mask, which splits the graph."""
+    """`is_causal` is said or not: PyTorch would look into the mask then, which splits the graph."""
 
     def __init__(self, kind: str, *, batch_first: bool = True, hint: bool | None = False, **kwargs: Any) -> None:
         super().__init__()
@@ -88,16 +88,16 @@ class EncoderLayer(Model):
 class Decoder(Model):
     """`model(ids, memory)`."""
 
-    def __init__(self, kind: str, **kwargs: Any) -> None:
+    def __init__(self, kind: str, *, hint: bool | None = True, **kwargs: Any) -> None:
         super().__init__()
         layer = nn.TransformerDecoderLayer(SIZE, HEADS, 24, batch_first=True, **kwargs)
-        self.decoder, self.kind = nn.TransformerDecoder(layer, 2), kind
+        self.decoder, self.kind, self.hint = nn.TransformerDecoder(layer, 2), kind, hint
         for k, weight in enumerate(self.decoder.parameters()):
             nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(k))
 
     def forward(self, ids: Tensor, memory: Tensor) -> Tensor:
         mask = causal_mask(ids.shape[1], self.kind)
-        return self.head(self.decoder(self.embed(ids), memory, tgt_mask=mask, tgt_is_causal=True))
+        return self.head(self.decoder(self.embed(ids), memory, tgt_mask=mask, tgt_is_causal=self.hint))
 
 
 # --- flex_attention --------------------------------------------------------------------------------------------------
@@ -326,10 +326,12 @@ MODULES: dict[str, Module] = {
     "multihead_weights_rows_first": Module(lambda: Multihead("built", weights=True, hint=True, batch_first=False)),
     "encoder": Module(lambda: Encoder("bool"), 2),
     "encoder_norm_first": Module(lambda: Encoder("float", hint=True, norm_first=True, activation="gelu"), 2),
+    "encoder_by_its_mask": Module(lambda: Encoder("bool", hint=None), 2),
     "encoder_rows_first": Module(lambda: Encoder("built", hint=True, batch_first=False, bias=False), 2),
     "encoder_layer": Module(lambda: EncoderLayer("built")),
     "encoder_layer_norm_first": Module(lambda: EncoderLayer("bool", norm_first=True, activation="gelu")),
     "decoder": Module(lambda: Decoder("built"), 4, memory=True),
+    "decoder_by_its_mask": Module(lambda: Decoder("built", hint=None), 4, memory=True),
     "decoder_norm_first": Module(lambda: Decoder("bool", norm_first=True), 4, memory=True),
     "flex_score": Module(lambda: Flex("score")),
     "flex_block_mask": Module(lambda: Flex("window", kv_heads=1)),
@@ -353,7 +355,6 @@ PADDED: dict[str, bool] = {"first": True, "last": True, "filled": True, "product
 """Ways of `Padded`, and whether it is lowered."""
 
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
-    "encoder_that_looks_into_its_mask": (lambda: Encoder("bool", hint=None), "KV104"),
     "blocks_in_a_loop": (lambda: Blocks("range"), "KV101"),
     "block_mask_from_outside": (lambda: Blocks("outside"), "KV101"),
 }
