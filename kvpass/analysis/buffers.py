@@ -45,12 +45,13 @@ def entries_of(tensor: torch.Tensor) -> Entries | None:
 
     Floats are one of each row, ``[B, S]`` and not all zero, or as they are added to scores, ``[B, 1, 1, S]``.
     """
-    floats = tensor.is_floating_point()
-    if floats and tensor.dim() == 4 and tensor.shape[1] == tensor.shape[2] == 1 and holds(tensor, Entries.MASK):
-        return Entries.MASK
-    if floats and (tensor.dim() != 2 or not bool(tensor.any())):
+    if not tensor.is_floating_point():
+        return Entries.FLAGS if holds(tensor, Entries.FLAGS) else None
+    added = tensor.dim() == 4 and tensor.shape[1] == tensor.shape[2] == 1
+    if not added and (tensor.dim() != 2 or not bool(tensor.any())):
         return None
-    return Entries.FLAGS if holds(tensor, Entries.FLAGS) else None
+    kinds = (Entries.MASK,) if added else (Entries.FLAGS, Entries.MASK)
+    return next((kind for kind in kinds if holds(tensor, kind)), None)
 
 
 def holds(tensor: torch.Tensor, entries: Entries) -> bool:
@@ -71,8 +72,8 @@ def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
     if row.dtype is torch.bool or row.is_floating_point() or len(row) < 2:
         return None
     first, step = int(row[0]), int(row[1]) - int(row[0])
-    expected = first + step * torch.arange(len(row), dtype=row.dtype)
-    return sympy.Integer(first) + step * x if torch.equal(row, expected) else None
+    expected = first + step * torch.arange(len(row))
+    return sympy.Integer(first) + step * x if torch.equal(row.long(), expected) else None
 
 
 def _value(entry: torch.Tensor) -> Value | None:

@@ -226,7 +226,11 @@ def simplify(value: Boolean) -> Boolean:
             return sympy.true
         return type(value)(*args)
     if isinstance(value, sympy.Not):
-        return sympy.Not(simplify(value.args[0]))
+        inner = simplify(value.args[0])
+        if isinstance(inner, (sympy.And, sympy.Or)):
+            other = sympy.Or if isinstance(inner, sympy.And) else sympy.And
+            return simplify(other(*map(sympy.Not, inner.args)))
+        return sympy.Not(inner)
     return decide(value)
 
 

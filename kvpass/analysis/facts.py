@@ -59,6 +59,9 @@ class Atom:
         return f"{'batch' if self.kind is Kind.BATCH else ''}{'~' if self.bcast else ''}{self.size}"
 
 
+NEGATIVE = -1e4
+
+
 class Fill(enum.Enum):
     """What entries outside a support are known to be."""
 
@@ -74,7 +77,7 @@ class Fill(enum.Enum):
             return Fill.ZERO
         if number == float("-inf"):
             return Fill.NEG_INF
-        return Fill.NEG if number <= -1e4 else None
+        return Fill.NEG if number <= NEGATIVE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,10 @@ class Fact:
         together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
             a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
+        raw: its entries are those of floats that the caller passes, moved or combined entry by entry: of any size.
         rounded: its entries are the closed form but for rounding: nothing can be told of what they decide.
         support, fill: outside ``support`` an entry is ``fill``.
+        low: a very negative entry is at most this.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
     """
 
@@ -150,8 +155,10 @@ class Fact:
     together: Cause | None = None
     expr: sympy.Basic | None = None
     rounded: bool = False
+    raw: bool = False
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
+    low: float = NEGATIVE
     valid: Boolean = field(default=sympy.true)
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = Shift()

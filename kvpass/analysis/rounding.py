@@ -7,12 +7,13 @@ mask that compares times in seconds, blocks of 0.8 seconds) may be decided other
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.functions.elementary.piecewise import Piecewise
 
 from kvpass.analysis.expressions import Value, branches
@@ -31,11 +32,35 @@ class _Range(NamedTuple):
     parts: int
 
 
-def is_exact(expr: Value, dtype: torch.dtype) -> bool:
+Bounds = Mapping[str, int]  # by leaf function
+
+
+def bound_of(dtype: torch.dtype) -> int:
+    """What the entries of a tensor that is data are at most: ids, counts and times are far from where integers wrap."""
+    return _MOST.get(dtype, _MOST[torch.int64])
+
+
+_MOST = {
+    torch.bool: 1,
+    torch.uint8: 255,
+    torch.int8: 128,
+    torch.int16: 1 << 15,
+    torch.int32: 1 << 29,
+    torch.int64: 1 << 53,
+}
+
+
+def is_exact(expr: Value, dtype: torch.dtype, bounds: Bounds) -> bool:
     """True where a dtype holds every branch of a closed form without rounding or wrapping, for up to `ROWS` rows."""
     if dtype not in _BITS:
         return False
-    return all(_fits(value, _BITS[dtype]) for value, _ in branches(expr))
+    return all(_fits(value, _BITS[dtype], bounds) for value, _ in branches(expr))
+
+
+def is_decided(expr: Value, bounds: Bounds) -> bool:
+    """True where float32 holds both sides of all comparisons in a condition."""
+    sides = [side for rel in expr.atoms(Relational) for side in rel.args]
+    return all(_fits(side, _BITS[torch.float32], bounds) for side in sides)
 
 
 def decides(node: torch.fx.Node) -> bool:
@@ -44,22 +69,24 @@ def decides(node: torch.fx.Node) -> bool:
     return name in _DECIDE or bool(node.kwargs.get("rounding_mode"))
 
 
-def _fits(value: Value, bits: int) -> bool:
+def _fits(value: Value, bits: int, bounds: Bounds) -> bool:
     if not value.free_symbols and not value.atoms(AppliedUndef):
-        return True  # a number as it is: compared with whole numbers, its last bit does not matter
-    found = _range(value)
+        return True  # a number is what the dtype has rounded it to
+    found = _range(value, bounds)
     return found is not None and found.parts & (found.parts - 1) == 0 and found.most * found.parts <= 1 << bits
 
 
-def _range(value: Value) -> _Range | None:
-    if value.is_Symbol or isinstance(value, AppliedUndef):
+def _range(value: Value, bounds: Bounds) -> _Range | None:
+    if isinstance(value, AppliedUndef):
+        return _Range(sympy.Integer(bounds.get(value.func.__name__, _MOST[torch.int64])), 1)
+    if value.is_Symbol:
         return _Range(sympy.Integer(ROWS), 1)
     if value.is_Number:
         number = sympy.Rational(value) if value.is_finite else None
         return None if number is None else _Range(abs(number), int(number.q))
     if isinstance(value, Piecewise):
-        return _joined([_range(inner) for inner, _ in value.args])
-    inner = [_range(arg) for arg in value.args]
+        return _joined([_range(inner, bounds) for inner, _ in value.args])
+    inner = [_range(arg, bounds) for arg in value.args]
     if any(x is None for x in inner):
         return None
     known = [x for x in inner if x is not None]

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute, tidy
-from kvpass.analysis.facts import ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
+from kvpass.analysis.facts import NEGATIVE, ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
 from kvpass.analysis.laws import Laws
 
 Label = int
@@ -52,8 +52,10 @@ class Parts:
     together: Cause | None = None
     expr: Value | None = None
     rounded: bool = False
+    raw: bool = False
     support: Boolean = sympy.true
     fill: Fill | None = None
+    low: float = NEGATIVE
     valid: Boolean = sympy.true
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = field(default_factory=Shift)
@@ -77,7 +79,8 @@ class Axes:
     ``lead`` entries stand before the first row where an axis holds more than the rows: a prefix of the context. They
     are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
     is swept; ``context`` says which of them are arguments without rows, by the name of the argument. ``flags``
-    says the same of arguments of zeros and ones, and ``taken`` gathers the arguments for which it is used.
+    says the same of arguments of zeros and ones, and ``taken`` gathers the arguments for which it is used. ``bounds``
+    gathers how large the entries behind leaf functions may be.
     """
 
     seq: sympy.Symbol
@@ -87,6 +90,7 @@ class Axes:
     context: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    bounds: dict[str, int] = field(default_factory=dict)
 
     def start(self, size: Expr) -> Expr:
         """The row of the first entry of a new axis along the sequence."""
@@ -141,6 +145,9 @@ class Scope:
     def _factors(self, size: Expr) -> list[Expr]:
         """A size as the batch, the sequence, and what is repeated for each row, if it is such a product."""
         seq, batch = self.axes.seq, self.axes.batch
+        if batch.free_symbols and not size.has(seq):
+            each = quotient(size, batch) if size.has(batch) else None
+            return [size] if each is None or each.has(batch) else [batch, each]
         rest = quotient(size, seq) if size.has(seq) else None
         if rest is None or rest.has(seq):
             return [size]
@@ -383,8 +390,10 @@ class Scope:
             together=parts.together,
             expr=None if parts.expr is None else tidy(settle(parts.expr)),
             rounded=parts.rounded,
+            raw=parts.raw,
             support=settle(parts.support),
             fill=parts.fill,
+            low=parts.low,
             valid=settle(parts.valid),
             ahead=parts.ahead,
             shift=self._shift_of(parts, place),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, le
 from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope, quotient
-from kvpass.analysis.table import RULES, Op, Out, support_of
+from kvpass.analysis.table import RULES, Op, Out, lowest, support_of
 from kvpass.ir import Captured, Entries, Input, Role
 
 
@@ -244,16 +245,14 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured, axes: Axes) -> 
     fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT, sequence=given.role is Role.SEQUENCE)
     if given.role is Role.FORM:
         return replace(fact, expr=given.form)
-    if fact.dtype.is_floating_point and given.entries is not None:
+    fact = replace(fact, deps=frozenset(fact.rows), raw=fact.dtype.is_floating_point)
+    if fact.raw and given.entries is not None:
         axes.taken.add(given.name)
-        fact = fact.with_expr(_entry(_leaf(node, fact), given.entries, fact.dtype))
-    return settle(replace(fact, deps=frozenset(fact.rows)), node, axes)
-
-
-def _entry(leaf: Value, entries: Entries, dtype: torch.dtype) -> Value:
-    """A mask of floats as a choice; of very negative numbers it is all the same which one."""
-    other = sympy.Integer(1) if entries is Entries.FLAGS else constant(torch.finfo(dtype).min)
-    return sympy.Piecewise((other, sympy.Ne(leaf, 0)), (sympy.Integer(0), True))
+        shown = sympy.Ne(_leaf(node, fact), 0)
+        if given.entries is Entries.MASK:  # how low the numbers are is not known
+            return replace(fact, support=sympy.Not(shown), fill=Fill.NEG)
+        fact = fact.with_expr(sympy.Piecewise((sympy.Integer(1), shown), (sympy.Integer(0), True)))
+    return settle(fact, node, axes)
 
 
 def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
@@ -278,7 +277,7 @@ def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
     if tensor.is_complex() or tensor.dtype is torch.float64:
         return None
     number = tensor.item()
-    if node.op == "get_attr" or (tensor.is_floating_point() and Fill.of(number) in (Fill.NEG, Fill.NEG_INF)):
+    if node.op == "get_attr" or (tensor.is_floating_point() and Fill.of(-abs(number)) in (Fill.NEG, Fill.NEG_INF)):
         return constant(number)
     return None
 
@@ -296,9 +295,12 @@ def _leaf_value(node: fx.Node, fact: Fact) -> Value:
 def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = _flagged(fact, axes)
-    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node)):
+    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node, axes)):
         expr = None
-    fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr))
+    if expr is not None and fact.dtype.is_floating_point:
+        expr = _as_held(expr, fact.dtype)
+    fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr, axes))
+    axes.bounds[leaf_name(node.name)] = rounding.bound_of(fact.dtype)
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=_leaf_value(node, fact) if small else None)
@@ -306,13 +308,16 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
-    fact = replace(fact, support=support, fill=fill, shift=shifts.of_form(expr, fact.atoms, axes.seq))
+    fact = replace(fact, support=support, fill=fill, low=lowest(expr), shift=shifts.of_form(expr, fact.atoms, axes.seq))
     if expr.has(axes.seq):
         length = length or Cause(
             node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
         )
     elif not expr.atoms(AppliedUndef):
         length = None
+    if axes.batch.free_symbols and expr.has(axes.batch):
+        cause = Cause(node.name, f"its closed form {expr} speaks of the number of texts", errors.MixesBatch)
+        fact = replace(fact, batch=fact.batch or cause)
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
     return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
@@ -340,16 +345,16 @@ def _flagged(fact: Fact, axes: Axes) -> Value | None:
     return join(parts)
 
 
-def _exact(fact: Fact, expr: Value, node: fx.Node) -> bool:
+def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
     """True where the dtype holds the closed form without wrapping, and nothing was decided by a number that is rounded.
 
     Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay.
     """
     dtype = fact.dtype
-    if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)):
+    if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)) and not _decided_by_flags(expr, axes):
         return False
     if dtype in (torch.int32, torch.int64) and not is_boolean(expr):
-        return rounding.is_exact(expr, dtype)
+        return rounding.is_exact(expr, dtype, axes.bounds)
     if dtype in (torch.bool, torch.float32, torch.float64) or dtype.is_complex or is_boolean(expr):
         return True
     values = [value for value, _ in branches(expr)]
@@ -358,8 +363,37 @@ def _exact(fact: Fact, expr: Value, node: fx.Node) -> bool:
     return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
 
 
-def _rounds(fact: Fact, expr: Value) -> bool:
-    return fact.rounded or (fact.dtype in (torch.float32, torch.float64) and not rounding.is_exact(expr, fact.dtype))
+def _decided_by_flags(expr: Value, axes: Axes) -> bool:
+    """A condition on sums of flags, which floats hold though they do not hold all integers."""
+    names = {leaf.func.__name__ for leaf in expr.atoms(AppliedUndef)}
+    if not names or not names <= axes.flags.keys() or not is_boolean(expr):
+        return False
+    if not rounding.is_decided(expr, dict.fromkeys(names, 1)):
+        return False
+    axes.taken.update(axes.flags[name] for name in names)
+    return True
+
+
+def _as_held(expr: Value, dtype: torch.dtype) -> Value:
+    """The closed form with its numbers rounded to a dtype, but for those that it does not hold."""
+
+    def held(value: Value) -> Value:
+        if not value.is_number or not value.is_real or value.is_infinite:
+            return value
+        rounded = torch.tensor(float(value), dtype=dtype).item()
+        return value if math.isinf(rounded) else constant(rounded) or value
+
+    parts = [(held(value), condition) for value, condition in branches(expr)]
+    return (
+        expr
+        if is_boolean(expr) or all(a == b for (a, _), (b, _) in zip(parts, branches(expr), strict=True))
+        else (join(parts) or expr)
+    )
+
+
+def _rounds(fact: Fact, expr: Value, axes: Axes) -> bool:
+    floats = fact.dtype in (torch.float32, torch.float64)
+    return fact.rounded or (floats and not rounding.is_exact(expr, fact.dtype, axes.bounds))
 
 
 def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
@@ -369,6 +403,33 @@ def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
     if not places & bare.free_symbols:
         return None
     return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
+
+
+def _read_by_their_own(op: Op, fact: Fact) -> None:
+    """One row that may have kept no key is not combined with later ones; `reads_rows` sees to tables of rows.
+
+    Raises:
+        EmptyRow: it is.
+    """
+    for operand in op.operands:
+        if operand.fact.valid == sympy.true:
+            continue
+        for one in (a for a in operand.fact.atoms if a.kind is Kind.SEQ and a.size == 1):
+            ends = [
+                a.start + a.size - 1 for a in fact.atoms if a.kind is Kind.SEQ and (a.size, a.start) != (1, one.start)
+            ]
+            if not all(sympy.expand(one.start - end).is_nonnegative for end in ends):
+                raise errors.EmptyRow(detail=f"{op.node.target} reads a row whose own mask may have kept no key")
+
+
+def _apart(fact: Fact, op: Op) -> Fact:
+    """An axis of as many entries as the batch and one, say, makes a value of the number of texts."""
+    batch = op.scope.axes.batch
+    for atom in fact.atoms if batch.free_symbols and fact.batch is None else ():
+        if atom.kind is Kind.FREE and atom.size.has(batch):
+            why = f"an axis of {atom.size} entries speaks of the number of texts"
+            return replace(fact, batch=op.cause(why, errors.MixesBatch))
+    return fact
 
 
 def _of_one_context(fact: Fact, op: Op) -> Fact:
@@ -448,7 +509,8 @@ def _closed(op: Op, outs: list[Out], operands: tuple[fx.Node, ...]) -> Step:
         fact, place = scope.close(out.dims, out.ghosts, op.dtypes[k], out.parts)
         if any(sympy.expand(a - b) != 0 for a, b in zip(fact.shape(), op.shapes[k], strict=True)):
             raise errors.UnsupportedShape(detail=f"{op.node.target}: {fact.shape()} was inferred for {op.shapes[k]}")
-        fact = settle(fact, op.node, scope.axes) if len(outs) == 1 else fact
+        _read_by_their_own(op, fact)
+        fact = _apart(settle(fact, op.node, scope.axes) if len(outs) == 1 else fact, op)
         facts.append(_of_one_context(fact, op))
         first = first or place
     links = tuple(scope.link(x, first) for x in scope.operands) if operands else ()

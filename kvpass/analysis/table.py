@@ -33,7 +33,7 @@ from kvpass.analysis.expressions import (
     simplify,
     substitute,
 )
-from kvpass.analysis.facts import ZERO, Cause, Expr, Fill, Kind, Prefix
+from kvpass.analysis.facts import NEGATIVE, ZERO, Cause, Expr, Fill, Kind, Prefix
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
 
@@ -141,6 +141,16 @@ def support_of(value: Value) -> tuple[Boolean, Fill] | None:
             kept = simplify(sympy.Not(sympy.Or(*outside)))
             return (kept if len(outside) == 1 else minimal(kept)), fill
     return None
+
+
+def lowest(value: Value | None) -> float:
+    """What the very negative branches of a closed form are at most."""
+    low = (
+        [float(val) for val, _ in branches(value) if val.is_number and Fill.of(val) is Fill.NEG]
+        if value is not None
+        else []
+    )
+    return max(low, default=NEGATIVE)
 
 
 def expression(operand: Any, scope: Scope) -> Value | None:
@@ -271,7 +281,8 @@ def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolea
     if fill is not Fill.NEG or i is None:
         return
     scope = op.scope
-    diagonal = substitute(scope.resolve(support), {symbol(j): row_of(scope, i) - scope.atoms[j].start})
+    own = row_of(scope, i) - scope.atoms[j].start
+    diagonal = sympy.And(substitute(scope.resolve(support), {symbol(j): own}), compare("ge", own, ZERO))
     for term in sympy.And.make_args(simplify(diagonal)):
         if term == sympy.true:
             continue

@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from kvpass.analysis.facts import Kind
 from kvpass.analysis.sweep import Analyzed
 from kvpass.cache import Cache
 from kvpass.frontend import autocast, substitutes  # noqa: F401  (before Dynamo traces)
-from kvpass.frontend.capture import captures
+from kvpass.frontend.capture import captures, copied
 from kvpass.frontend.higher_order import inlined
 from kvpass.frontend.pipeline import incrementalise
 from kvpass.frontend.verify import PlainFailed, verify
@@ -129,12 +129,12 @@ def kvpass(
                 model, _ = unwrapped(explicit, example_inputs)
             stack.enter_context(around.off())
             inputs = unwrap(example_inputs)
-            captured, incremental = _proven(model, inputs, autotune=chosen.autotune)
+            captured, incremental, written = _proven(model, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
             unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
             cache = chosen.cache if chosen.cache is not None else default_cache()
-            rebuild = partial(_rebuild, autotune=chosen.autotune)
+            rebuild = partial(_rebuild, written, autotune=chosen.autotune)
             program = Program(captured, incremental, plain, cache, rebuild, chosen.tiers, chosen.verify)
     except errors.Refusal as refusal:
         _record(Record(captured, None, refusal))
@@ -149,18 +149,21 @@ def kvpass(
 
 def _proven(
     gm: fx.GraphModule, inputs: Sequence[Any], *, autotune: bool
-) -> tuple[Captured, Incremental | errors.Refusal]:
-    """The likeliest reading of the graph, or another one that is proven and answers row by row."""
-    refused: tuple[Captured, errors.Refusal] | None = None
+) -> tuple[Captured, Incremental | errors.Refusal, fx.GraphModule]:
+    """The likeliest reading of the graph, or another one that is proven and answers row by row; and the graph before it
+    was rewritten.
+    """
+    refused: tuple[Captured, errors.Refusal, fx.GraphModule] | None = None
     for captured in captures(gm, inputs):
+        written = copied(captured.module)
         try:
             incremental = incrementalise(captured, autotune=autotune)
         except errors.Refusal as refusal:
             if refused is None or refused[0].rows_first:
-                refused = captured, refusal
+                refused = captured, refusal, written
         else:
             if refused is None or _answers_by_row(incremental.plan.analyzed):
-                return captured, incremental
+                return captured, incremental, written
     assert refused is not None
     return refused
 
@@ -185,10 +188,12 @@ def _checked(captured: Captured, incremental: Incremental, plain: Callable[..., 
     return True
 
 
-def _rebuild(captured: Captured, *, autotune: bool) -> Incremental:
-    """The pipeline again, for constants whose contents the proof had used."""
+def _rebuild(written: fx.GraphModule, captured: Captured, *, autotune: bool) -> Incremental:
+    """The pipeline again, for constants whose contents the proof had used, on the graph as it was captured: what was
+    made of it went by their contents.
+    """
     with _defects_named():
-        return incrementalise(captured, autotune=autotune)
+        return incrementalise(replace(captured, module=copied(written)), autotune=autotune)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ class _Loop:
             else:
                 session, held = Session(self.forward, ids, None, given.picked(numbers)), numbers
             self.calls += 1
-            for text, logits in zip(now, session.logits[:, -1], strict=True):
+            for text, logits in zip(now, session.held()[:, -1], strict=True):
                 token = self.sampling.choose(text.ids, logits, text.generator)
                 self._append(text, token)
                 yield text.number, token
@@ -111,7 +111,7 @@ class _Loop:
         ids = torch.cat([text.ids, text.ids.new_tensor([token for token, _ in proposals])])
         session = Session(self.forward, ids.unsqueeze(0), None, self.given.picked([text.number]))
         self.calls += 1
-        rows = session.logits[0, -(len(proposals) + 1) :]
+        rows = session.held()[0, -(len(proposals) + 1) :]
         if len(rows) <= len(proposals):
             raise errors.InputError("the model returns its last row only: a draft needs the rows of all its tokens")
         wanted = [self.sampling.chances(ids[: len(text.ids) + k], logits) for k, logits in enumerate(rows)]

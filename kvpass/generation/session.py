@@ -34,6 +34,10 @@ class Session:
     @property
     def logits(self) -> Tensor:
         """What the model says of the last rows, ``[B, R, V]``; after `rewind` it is asked again when this is read."""
+        return self.held().clone()
+
+    def held(self) -> Tensor:
+        """The same, and the session's own: not to be written into."""
         ids = self._open_ids()
         if self._said is None:
             self._said = self._logits(ids, self._given)
@@ -65,7 +69,7 @@ class Session:
         given = self._given.replaced(kwargs)
         logits = self._logits(longer, given)[:, -new.shape[1] :]  # raises before anything has changed
         self.ids, self._given, self._said = longer, given, logits
-        return logits
+        return logits.clone()
 
     def rewind(self, rows: int) -> Self:
         """Forget the last rows; what the cache holds of them stays there.
@@ -93,7 +97,10 @@ class Session:
         Raises:
             InputError: as in `fork`.
         """
-        other = self._picked(torch.as_tensor(rows))
+        chosen = torch.as_tensor(rows)
+        if chosen.dim() != 1 or not chosen.numel() or chosen.dtype not in (torch.int32, torch.int64):
+            raise errors.InputError(f"texts are chosen by their numbers, one at least, and not by {rows}")
+        other = self._picked(chosen)
         self.ids, self._said, self._given = other.ids, other._said, other._given
         return self
 

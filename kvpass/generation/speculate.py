@@ -44,7 +44,7 @@ class ModelDraft:
         made: Proposals = []
         session = Session(self._forward, ids.unsqueeze(0), None, Arguments.of(self._kwargs, 1))
         while True:
-            chances = sampling.chances(session.ids[0], session.logits[0, -1])
+            chances = sampling.chances(session.ids[0], session.held()[0, -1])
             made.append((draw(chances, generator), chances))
             if len(made) == count:
                 return made

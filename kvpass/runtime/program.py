@@ -216,7 +216,9 @@ class Program:
     def _rebind(self, old: Bound, constants: dict[str, torch.Tensor]) -> Bound | None:
         weights = Weights(constants)
         facts = {node.name: step.fact for node, step in old.incremental.plan.analyzed.steps.items()}
-        if not any(facts[name].expr is not None for name in weights.changed(old.weights)):
+        changed = weights.changed(old.weights)
+        # A single number may have become what a mask is filled with.
+        if not any(facts[name].expr is not None or constants[name].numel() == 1 for name in changed):
             return self._bind(old.incremental, weights)
         captured = replace(self.captured, constants=constants)
         try:

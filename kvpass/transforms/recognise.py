@@ -117,12 +117,12 @@ def _mask(
             fill in (Fill.NEG_INF, Fill.NEG) and not numbers
         ):  # it stands in the load as well, so a row that it empties may keep it
             inside = predicate(analyzed, fact, fact.support, letters, loads)
-            kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside) else kept
+            kept = inside if fill is Fill.NEG_INF or not emptied_by_index(inside, of_context) else kept
         load = Load(f"load_{mask.name}", mask, letters)
         loads.append(load)
         added = sympy.Function(load.name, real=True)(B, H, I, J)
     support = sympy.And(support, kept)
-    if fill is Fill.NEG and emptied_by_index(support):
+    if fill is Fill.NEG and emptied_by_index(support, of_context):
         raise NotRecognised("a finite fill empties a row")
     return support, SCORE + added
 

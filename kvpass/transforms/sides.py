@@ -294,14 +294,14 @@ def _moved(analyzed: Analyzed, side: Side, node: fx.Node, place: dict[int, int],
     return Side(node, batch, heads, row, depth, group)
 
 
-def always_keeps_a_key(support: Any) -> bool:
-    """True where every row is proved to see its own key."""
-    return bool(simplify(support.xreplace({J: I})) == sympy.true)
+def always_keeps_a_key(support: Any, of_context: bool = False) -> bool:
+    """True where every row is proved to see its own key; a context has none that is a row's own."""
+    return bool((support if of_context else simplify(support.xreplace({J: I}))) == sympy.true)
 
 
-def emptied_by_index(support: Any) -> bool:
+def emptied_by_index(support: Any, of_context: bool = False) -> bool:
     """True where some row may see no key whatever the caller's data are: a finite fill then means a mean over all."""
-    terms = sympy.And.make_args(simplify(support.xreplace({J: I})))
+    terms = sympy.And.make_args(support if of_context else simplify(support.xreplace({J: I})))
     return any(term != sympy.true and not term.atoms(AppliedUndef) for term in terms)
 
 

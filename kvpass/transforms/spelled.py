@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from kvpass.analysis.expressions import implies
 from kvpass.analysis.facts import Fact, Fill, Kind, index, product
 from kvpass.analysis.rules.contraction import einsum_names, matmul_names
 from kvpass.analysis.sweep import Analyzed, Step, arguments
@@ -71,6 +72,7 @@ class _Walk:
         self.of_context = self.fact.atoms[key_atom].kind is Kind.FREE
         self.row_atom = next((k for k in self.fact.rows if k != key_atom), self._before_keys())
         self.scores_from: tuple[int | None, ...] = ()
+        self.hidden: list[Any] = []
 
     def _before_keys(self) -> int | None:
         """The axis of queries of the context: the one before the keys."""
@@ -97,8 +99,9 @@ class _Walk:
         bias = step.operands[0]
         if beta == 0:
             return alpha * SCORE
-        if only_fill(self.analyzed.fact(bias)) is not None and not self.stays(bias):
-            return alpha * SCORE  # in the support already
+        if (known := only_fill(self.analyzed.fact(bias))) is not None and not self.stays(bias):
+            self.hides(bias, known, _compose(step, 0, at))
+            return alpha * SCORE
         return alpha * SCORE + beta * self.load(bias, step, 0, at)
 
     def into(self, step: Step, k: int, at: tuple[int | None, ...]) -> tuple[fx.Node, Any]:
@@ -114,13 +117,13 @@ class _Walk:
 
     def leads_to_a_product(self, step: Step, k: int, at: tuple[int | None, ...]) -> bool:
         """True where an operand is made of queries and keys alone: relative positions read a table as well."""
-        before = self.loads.copy()
+        loads, hidden = self.loads.copy(), self.hidden.copy()
         try:
             self._query_and_key(self.into(step, k, at)[0])
         except NotRecognised:
             return False
         finally:
-            self.loads[:] = before
+            self.loads[:], self.hidden[:] = loads, hidden
         return True
 
     def is_scores(self, node: fx.Node) -> bool:
@@ -131,6 +134,18 @@ class _Walk:
     def stays(self, mask: fx.Node) -> bool:
         """True of a mask that is added as the numbers it holds."""
         return self.of_context and hides_all(self.analyzed.fact(mask))
+
+    def hides(self, node: fx.Node, support: Any, at: tuple[int | None, ...]) -> None:
+        """A mask that is left out of the score, since the support of the softmax has it: looked at in the end."""
+        fact, names = self.analyzed.fact(node), self.names()
+        letters = [None if place is None else names[place] for place in at]
+        used = [k for k in range(len(fact.atoms)) if index(k) in support.free_symbols]
+        by_head = any(letters[k] == "h" for k in used)
+        if by_head and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
+            raise NotRecognised("the mask differs by head")
+        if any(letters[k] is None for k in used):
+            raise NotRecognised(f"{node.name} masks the scores along another axis")
+        self.hidden.append(predicate(self.analyzed, fact, support, tuple(x or "h" for x in letters), self.loads))
 
     def is_mask(self, node: fx.Node) -> bool:
         fact = self.analyzed.fact(node)
@@ -181,7 +196,7 @@ class _Walk:
         if heads and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
             raise NotRecognised("the mask differs by head")
         support = predicate(self.analyzed, fact, fact.support, letters, self.loads)
-        if fact.fill is Fill.NEG and emptied_by_index(support):
+        if fact.fill is Fill.NEG and emptied_by_index(support, self.of_context):
             raise NotRecognised("a finite fill empties a row")
         return support
 
@@ -206,11 +221,15 @@ class _Walk:
         q, key = self._narrowed(q, key, dtype)
         parts = Parts(self.analyzed, ahead.out, q, key, value, result)
         support = self.support()
+        kept = set(sympy.And.make_args(support))
+        for mask in self.hidden:
+            if not set(sympy.And.make_args(mask)) <= kept and not implies(support, mask):
+                raise NotRecognised("a mask of the scores that is no longer one where the softmax reads them")
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
         strict = strict and self.softmax.target is not aten._safe_softmax.default and not ahead.zeroed
         dtype = self.softmax.meta["val"].dtype
         name = None if ahead.sink is None else self.sink(ahead.sink)
-        empty_is_nan = strict and not always_keeps_a_key(support)
+        empty_is_nan = strict and not always_keeps_a_key(support, self.of_context)
         if empty_is_nan and ahead.unsure:
             raise NotRecognised("a row without keys that is partly set to zero")
         return parts.finish(scale, inside(score, support), support, self.loads, dtype, empty_is_nan, name)
@@ -337,8 +356,9 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
     other = step.operands[1 - k]
-    if only_fill(walk.analyzed.fact(other), sign) is not None and not walk.stays(other):
-        return product, score  # in the support already
+    if (known := only_fill(walk.analyzed.fact(other), sign)) is not None and not walk.stays(other):
+        walk.hides(other, known, _compose(step, 1 - k, at))
+        return product, score
     return product, score + sign * walk.load(other, step, 1 - k, at)
 
 
@@ -360,8 +380,10 @@ def _masked(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, A
     """``masked_fill`` and ``where`` with a fill that the support knows."""
     if walk.stays(node):
         raise NotRecognised("a finite fill by which the context may hide all its keys")
-    if walk.analyzed.fact(node).fill not in (Fill.NEG_INF, Fill.NEG):
+    fact = walk.analyzed.fact(node)
+    if fact.fill not in (Fill.NEG_INF, Fill.NEG):
         raise NotRecognised("the scores are replaced by a number that is no mask")
+    walk.hides(node, fact.support, at)
     return walk.into(step, walk.scores_operand(step, at), at)
 
 

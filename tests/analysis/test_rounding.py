@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kvpass
-from kvpass.analysis.rounding import is_exact
+from kvpass.analysis.rounding import bound_of, is_exact
 from kvpass.frontend.api import recording
 from tests.adversarial.base import Model
 
@@ -37,7 +37,13 @@ LEAF = sympy.Function("leaf")(ROW)
     ],
 )
 def test_a_dtype_holds_a_form(expr: sympy.Expr, dtype: torch.dtype, exact: bool) -> None:
-    assert is_exact(expr, dtype) is exact
+    assert is_exact(expr, dtype, {"leaf": 1000}) is exact
+
+
+def test_a_float_does_not_hold_every_integer() -> None:
+    assert not is_exact(LEAF, torch.float32, {"leaf": bound_of(torch.int64)})
+    assert not is_exact(LEAF, torch.int32, {"leaf": bound_of(torch.int64)})
+    assert is_exact(LEAF - 1, torch.int32, {"leaf": bound_of(torch.int32)})
 
 
 def seconds(i: Tensor, j: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _kept(op: Op, lead: list[list[Label]], rows: list[Label], keys: list[Label])
                 for label in other:
                     scope.subst.setdefault(symbol(label), sympy.Integer(0))
             elif scope.size(mine) != 1:
-                axes[-k][:] = scope.pair(list(mine), other, [], mask)
+                axes[-k][:] = scope.pair(list(mine), other, [x for x in op.operands if x is not mask], mask)
         known = op.known(mask)
         if known is not None and (mask.fact.dtype is torch.bool or known[1] is not Fill.ZERO):
             support, fill = known[0], Fill.NEG_INF if mask.fact.dtype is torch.bool else known[1]

@@ -8,9 +8,10 @@ from typing import Any
 import sympy
 import torch
 
+from kvpass import errors
 from kvpass.analysis.facts import Fill, Kind
 from kvpass.analysis.scope import Label, Operand
-from kvpass.analysis.table import Op, Out, reduce_over, rule
+from kvpass.analysis.table import Op, Out, name_of, reduce_over, rule
 
 aten = torch.ops.aten
 
@@ -69,7 +70,7 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
         elif scope.size(mine) == 1:
             dims.append(bias.dims[j])
         else:
-            dims.append(scope.pair(mine, bias.dims[j], [], bias))
+            dims.append(scope.pair(mine, bias.dims[j], [x for x in op.operands if x is not bias], bias))
     parts = product.parts
     parts.support, parts.fill = sympy.true, None
     known = op.known(bias)
@@ -111,6 +112,8 @@ def addmm(op: Op) -> Out:
 def einsum(op: Op) -> Out:
     equation: str = op.args[0]
     specs, out = einsum_names(equation, [len(x.dims) for x in op.operands])
+    if any(len(set(spec)) < len(spec) for spec in specs):
+        raise errors.UnknownOp(detail=f"{name_of(op.node)} along a diagonal, {equation}")
     return contract(op, op.operands, specs, out)
 
 

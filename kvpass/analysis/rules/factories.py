@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -17,7 +18,8 @@ aten = torch.ops.aten
 
 def _filled(op: Op, value: Any) -> Out:
     dims = [op.scope.fresh(size, bcast=True) for size in op.shape]
-    expr: Value | None = constant(value)
+    whole = not (op.dtypes[0].is_floating_point or op.dtypes[0].is_complex)
+    expr: Value | None = constant(int(value) if whole and isinstance(value, float) and math.isfinite(value) else value)
     if expr is not None and op.dtypes[0] is torch.bool:
         expr = boolean(expr)
     return Out(dims, Parts(expr=expr), detached=True)

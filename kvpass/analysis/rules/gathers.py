@@ -11,7 +11,7 @@ from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute
 from kvpass.analysis.facts import Kind
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
-from kvpass.analysis.table import Op, Out, expression, name_of, reads_rows, rule
+from kvpass.analysis.table import Op, Out, expression, name_of, reads_rows, row_of, rule
 
 aten = torch.ops.aten
 
@@ -60,8 +60,13 @@ def _lose(op: Op, parts: Parts, label: Label, x: Operand, wraps: bool = True) ->
 
 
 def _judge_where_read(op: Op, parts: Parts, label: Label, place: Value | None) -> None:
-    """An entry that is read at ``place`` means something where that one does."""
-    if place is None:
+    """An entry that is read at ``place`` means something where that one does; a row is not made of others' entries."""
+    scope = op.scope
+    rows = [y for x in op.operands for y in scope.expanded(x.labels) if scope.atoms[y].kind is Kind.SEQ and y != label]
+    own = place is not None and any(
+        sympy.expand(row_of(scope, y) - scope.atoms[label].start - place) == 0 for y in rows
+    )
+    if place is None or (rows and not own and scope.atoms[label].kind is Kind.SEQ):
         reads_rows(op, parts, [label])
     else:
         parts.valid = op.scope.resolve(parts.valid).xreplace({symbol(label): place})

@@ -23,10 +23,11 @@ def _same(op: Op, dims: Dims, ghosts: list[Label] | None = None) -> Out:
     """The operand's entries, under other axes."""
     x, parts = op.operands[0], op.gather(numbers=False)
     parts.expr = expression(x, op.scope)
-    parts.shift = shifts.opened(op.scope, x)
+    parts.shift, parts.raw = shifts.opened(op.scope, x), x.fact.raw
     known = op.known(x)
     if known is not None:
         parts.support, parts.fill = known
+    parts.low = x.fact.low
     return Out(dims, parts, x.ghosts if ghosts is None else ghosts)
 
 
@@ -218,12 +219,22 @@ def slice_(op: Op) -> Out:
 
 
 def _counted_from_the_end(op: Op, out: Out, label: Label, start: Expr) -> None:
-    """A table that is no sequence, read at a place that moves with the number of rows."""
-    if op.scope.atoms[label].kind is not Kind.SEQ and start.has(op.scope.axes.seq):
+    """A table that is no sequence, read at a place that moves with the number of rows, or of texts."""
+    scope, parts = op.scope, out.parts
+    of_rows = scope.atoms[label].kind is Kind.SEQ and label in scope.deps(op.operands[0])
+    if not of_rows and start.has(scope.axes.seq):
         why = f"{op.node.target} reads a table at {start}, which moves when the text grows"
-        level = out.parts.shift.affine if out.parts.length is None else out.parts.shift.level & out.parts.shift.affine
-        out.parts.shift = Shift(out.parts.shift.affine, level & {label})
-        out.parts.length = out.parts.length or op.cause(why, errors.DependsOnLength)
+        level = parts.shift.affine if parts.length is None else parts.shift.level & parts.shift.affine
+        parts.shift = Shift(parts.shift.affine, level & {label})
+        parts.length = parts.length or op.cause(why, errors.DependsOnLength)
+    _counted_by_texts(op, out, start)
+
+
+def _counted_by_texts(op: Op, out: Out, number: Expr) -> None:
+    batch = op.scope.axes.batch
+    if batch.free_symbols and number.has(batch):
+        why = f"{op.node.target} uses the number of texts, {number}, as a place"
+        out.parts.batch = out.parts.batch or op.cause(why, errors.MixesBatch)
 
 
 def _start(op: Op, before: Expr, after: Expr) -> Expr:
@@ -348,9 +359,14 @@ def _triangle(op: Op, keep: Any) -> Out:
     if any(len(dim) > 1 for dim in x.dims[-2:]):
         raise errors.UnsupportedShape(detail="a triangle is cut from a merged axis")
     scope.differ([label for dim in x.dims[-2:] for label in dim])
-    kept = keep(i, j, sympy.sympify(op.arg(1, "diagonal", 0)))
+    diagonal = sympy.sympify(op.arg(1, "diagonal", 0))
+    kept = keep(i, j, diagonal)
     out = _same(op, x.dims)
     value = expression(x, scope)
+    if value is None and diagonal.has(scope.axes.seq):
+        why = f"{op.node.target} cuts at {diagonal}, which moves when the text grows"
+        out.parts.length = out.parts.length or op.cause(why, errors.DependsOnLength)
+    _counted_by_texts(op, out, diagonal)
     if value is not None:
         if op.dtypes[0] is torch.bool:
             out.parts.expr = simplify(sympy.And(value, kept))

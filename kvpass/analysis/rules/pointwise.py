@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
 from kvpass.analysis import shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, number, simplify
-from kvpass.analysis.facts import Fill, Shift
+from kvpass.analysis.facts import NEGATIVE, Fill, Shift
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule, support_of
 
@@ -83,13 +85,36 @@ def _name(op: Op) -> str:
 
 
 def _values(op: Op, count: int) -> list[Value] | None:
-    values = [expression(op.args[k], op.scope) for k in range(min(count, len(op.args)))]
+    values = [expression(_held(op, op.args[k]), op.scope) for k in range(min(count, len(op.args)))]
     return None if any(v is None for v in values) else values
+
+
+def _lowest(op: Op) -> float:
+    """What very negative entries are at most that come from the operands, or are filled in."""
+    numbers = [a for a in op.args if isinstance(a, (int, float)) and Fill.of(a) is Fill.NEG]
+    low = [x.fact.low for x in op.operands if x.fact.fill is Fill.NEG]
+    low += [float(x.fact.expr) for x in op.operands if x.fact.expr is not None and _is_low(x.fact.expr)]
+    return max([*low, *map(float, numbers)], default=NEGATIVE)
+
+
+def _is_low(value: Value) -> bool:
+    return bool(value.is_number and value.is_real) and Fill.of(value) is Fill.NEG
+
+
+def _held(op: Op, number: Any) -> Any:
+    """A number beside tensors: in the precision in which they are computed with."""
+    if not isinstance(number, float) or not math.isfinite(number):
+        return number
+    double = any(x.fact.dtype is torch.float64 for x in op.operands)
+    held = number if double else torch.tensor(number, dtype=torch.float32).item()
+    return held if math.isfinite(held) else number
 
 
 def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     dims, ghosts = op.scope.broadcast(op.operands)
-    parts.expr = expr
+    parts.expr, parts.raw = expr, any(x.fact.raw for x in op.operands)
+    if parts.fill is Fill.NEG and parts.low == NEGATIVE:
+        parts.low = _lowest(op)
     return Out(dims, parts, ghosts)
 
 
@@ -106,7 +131,7 @@ def arithmetic(op: Op) -> Out:
     if name in ("add", "sub") and alpha == 1:
         parts.support, parts.fill = _sum_support(op)
     elif name in ("mul", "multiply"):
-        parts.support, parts.fill = _product_support(op, name)
+        parts.support, parts.fill, parts.low = _product_support(op, name)
     out = _finish(op, parts, expr)
     if name in ("add", "sub", "mul", "multiply") and not op.counts_rows() and _keeps_fills(op, parts):
         combined = shifts.of_sum if name in ("add", "sub") else shifts.of_product
@@ -127,7 +152,7 @@ def division(op: Op) -> Out:
     expr = None
     if values is not None and (mode == "floor" or (mode is None and not number(values[0]).has(sympy.S.Infinity))):
         expr = apply((lambda a, b: sympy.floor(a / b)) if mode == "floor" else (lambda a, b: a / b), *values)
-    parts.support, parts.fill = _product_support(op, "div")
+    parts.support, parts.fill, parts.low = _product_support(op, "div")
     return _finish(op, parts, None if expr is not None and expr.has(sympy.zoo, sympy.nan) else expr)
 
 
@@ -157,27 +182,30 @@ def _term(op: Op, k: int) -> Value | None:
 
 
 def _may_cancel(op: Op, k: int) -> bool:
-    """True of a term in closed form that may be large enough to bring a very negative entry back."""
-    expr = _term(op, k)
-    if expr is None:
-        return False
-    return any(not val.is_number or val > 1000 for val, _ in branches(expr))
+    """True of a term in closed form that may be large enough to bring a very negative entry back, or others down."""
+    expr, term = _term(op, k), op.args[k]
+    if expr is None:  # scores and what is learnt are of ordinary size
+        return isinstance(term, Operand) and term.fact.raw and term.fact.fill not in (Fill.NEG, Fill.NEG_INF)
+    return any(not val.is_number or (abs(val) > 1000 and Fill.of(val) is None) for val, _ in branches(expr))
 
 
-def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None]:
-    """Zero times anything (finite) is zero; a very negative number times a positive one of ordinary size stays so."""
+def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None, float]:
+    """Zero times anything (finite) is zero; a very negative number times a positive one is one where it stays so."""
     tensors = [a for a in op.args[:2] if isinstance(a, Operand)]
     candidates = tensors if name in ("mul", "multiply") else tensors[:1] if op.args[0] is tensors[0] else []
     known = [k for k in map(op.known, candidates) if k is not None]
     zeros = [k for k in known if k[1] is Fill.ZERO]
     if zeros:
-        return sympy.And(*(k[0] for k in zeros)), Fill.ZERO
-    factor = op.args[1] if len(tensors) == 1 and len(op.args) > 1 else None
-    if known and isinstance(factor, (int, float)) and name in ("mul", "multiply", "div"):
-        scale = float(factor) if name != "div" else 1 / float(factor) if factor else 0.0
-        if scale >= 1 or (scale > 0 and known[0][1] is Fill.NEG_INF):
-            return known[0]
-    return sympy.true, None
+        return sympy.And(*(k[0] for k in zeros)), Fill.ZERO, NEGATIVE
+    for x in candidates:
+        mask, factor = op.known(x), expression(next(a for a in op.args[:2] if a is not x), op.scope)
+        if mask is None or factor is None or not factor.is_number or not factor.is_positive:
+            continue
+        scale = float(factor) if name != "div" else 1 / float(factor)
+        low = x.fact.low * scale
+        if mask[1] is Fill.NEG_INF or low <= NEGATIVE:
+            return *mask, min(low, NEGATIVE)
+    return sympy.true, None, NEGATIVE
 
 
 @rule(aten.min.other, aten.max.other, *_op("minimum", "maximum"))
@@ -207,9 +235,23 @@ def relational(op: Op) -> Out:
 @rule(*_op(*_LOGICAL))
 def logical(op: Op) -> Out:
     parts, values = op.gather(), _values(op, 2)
-    bools = values is not None and (op.dtypes[0] is torch.bool)
-    expr = simplify(_LOGICAL[_name(op)](*map(boolean, values))) if bools and values is not None else None
-    return _finish(op, parts, expr)
+    if values is None:
+        return _finish(op, parts, None)
+    if op.dtypes[0] is torch.bool:
+        return _finish(op, parts, simplify(_LOGICAL[_name(op)](*map(boolean, values))))
+    bits = [_bit(op, value) for value in values]
+    whole = _name(op) in ("bitwise_not", "logical_not") or any(bit is None for bit in bits)
+    return _finish(op, parts, None if whole else number(simplify(_LOGICAL[_name(op)](*bits))))
+
+
+def _bit(op: Op, value: Value) -> Boolean | None:
+    """An integer that is zero or one as a truth value."""
+    axes = op.scope.axes
+    if isinstance(value, AppliedUndef) and value.func.__name__ in axes.flags:
+        axes.taken.add(axes.flags[value.func.__name__])
+        return boolean(value)
+    values = {val for val, _ in branches(value)}
+    return boolean(value) if values <= {sympy.Integer(0), sympy.Integer(1)} else None
 
 
 @rule(*_op(*_KEEP_ZERO))
@@ -245,7 +287,8 @@ def _cast(value: Value, dtype: torch.dtype) -> Value | None:
 def other(op: Op) -> Out:
     parts, name = op.gather(), _name(op)
     known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
-    if known is not None and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
+    steep = name != "softplus" or op.arg(1, "beta", 1) >= 1
+    if known is not None and steep and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
         parts.support, parts.fill = known[0], Fill.ZERO
     elif (known is not None and known[1] is Fill.ZERO and name in ("true_divide", "divide")) or (
         known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1])

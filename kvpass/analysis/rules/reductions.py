@@ -322,7 +322,8 @@ def cumsum(op: Op) -> Out:
     if value is not None and len(labels) == 1:
         value = number(value)
         constant_along = symbol(labels[0]) not in value.free_symbols
-        out.parts.expr = value * (symbol(labels[0]) + 1) if constant_along and value.is_number else None
+        held = op.dtypes[0].is_floating_point or value.is_integer
+        out.parts.expr = value * (symbol(labels[0]) + 1) if constant_along and value.is_number and held else None
     return out
 
 
