@@ -498,3 +498,19 @@ def test_a_wrong_rule_would_be_seen() -> None:
         seen[token if stands else int(torch.multinomial(p, 1, generator=own))] += 1
     expected = p * count
     assert float(((seen - expected) ** 2 / expected).sum()) > 18.5
+
+
+def test_what_a_session_says_is_the_callers(model: Any, fast: Any) -> None:
+    with kvpass.open(fast, prompt(9, batch=2)) as session:
+        said = session.extend(prompt(2, seed=3, batch=2))
+        kept = said.clone()
+        said.zero_()
+        session.logits.zero_()
+        torch.testing.assert_close(session.logits, kept)
+        torch.testing.assert_close(session.fork(2).logits, kept.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("rows", [[], torch.tensor([False, True]), torch.tensor([[0, 1]]), [0.0]], ids=repr)
+def test_texts_are_chosen_by_numbers(fast: Any, rows: Any) -> None:
+    with kvpass.open(fast, prompt(9, batch=2)) as session, pytest.raises(kvpass.errors.InputError, match="numbers"):
+        session.reorder(rows)

@@ -156,10 +156,12 @@ class Program:
         self._check = check
 
     def __call__(self, *args: Any) -> Outputs:
-        if not self._holds(args) or (self._check is not None and not self._passes(args)):
+        if not self._numbers_hold(args) or not self._forms_hold(args):
+            return self._plainly(args)
+        if self._check is not None and not (self._entries_hold(self._bound, args) and self._passes(args)):
             return self._plainly(args)
         bound = self._current(args)
-        if bound is None:
+        if bound is None or not self._entries_hold(bound, args):
             return self._plainly(args)
         rows, width = bound.keys.rows(args)
         length = bound.keys.length(args) + bound.keys.lead(args)
@@ -252,10 +254,6 @@ class Program:
             incremental, keys, weights, table, _lenders(plan), _dense(plan), steps.module, hoisted, remembered, steps
         )
 
-    def _holds(self, args: Sequence[Any]) -> bool:
-        """Whether the arguments are what the proof takes them for."""
-        return self._numbers_hold(args) and self._forms_hold(args) and self._entries_hold(args)
-
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
         for k, number in self.captured.scalars.items():
@@ -277,9 +275,9 @@ class Program:
                 return False
         return True
 
-    def _entries_hold(self, args: Sequence[Any]) -> bool:
+    def _entries_hold(self, bound: Bound | None, args: Sequence[Any]) -> bool:
         """Masks that the caller passes hold the numbers that the proof takes them to hold."""
-        taken = frozenset[str]() if self._bound is None else self._bound.incremental.plan.analyzed.taken
+        taken = frozenset[str]() if bound is None else bound.incremental.plan.analyzed.taken
         for given in self.captured.inputs:
             if given.name in taken and given.entries is not None and not holds(args[given.index], given.entries):
                 detail = f"{given.source} holds more than {given.entries.value}: the call runs without the cache"

@@ -179,6 +179,65 @@ class PaddedWithFloor(PaddedByHand):
         return self.merge(score.softmax(-1) @ v, layer)
 
 
+class ScaledBehind(Decoder):
+    """Scores are divided after a finite number was filled in, as a well-known lesson has it."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        seen = torch.tril(torch.ones(x.shape[1], x.shape[1]))
+        energy = (q @ k.mT).masked_fill(seen == 0, float("-1e20"))
+        return self.merge(torch.softmax(energy / DEPTH**0.5, dim=-1) @ v, layer)
+
+
+class PaddedByComparison(PaddedByHand):
+    """transformers from 4.38 to 4.50: padding is where the sum of two masks is zero."""
+
+    layers = 2
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        size, low = x.shape[1], torch.finfo(x.dtype).min
+        mask = torch.triu(torch.full((size, size), low), 1)[None, None].expand(x.shape[0], 1, -1, -1).clone()
+        mask = mask.masked_fill((mask + more[0][:, None, None]) == 0, low)
+        return self.merge((q @ k.mT * DEPTH**-0.5 + mask).softmax(-1) @ v, layer)
+
+
+class PaddedByMinimum(PaddedByHand):
+    """The lower of two masks in one layer, either condition in the other."""
+
+    layers = 2
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score, keep = q @ k.mT * DEPTH**-0.5, more[0][:, None, None]
+        if layer:
+            score = score.masked_fill((keep == 0) | (j > i), -1e9)
+        else:
+            score = score + torch.minimum(torch.where(j <= i, 0.0, -1e9), (1 - keep.float()) * -1e9)
+        return self.merge(score.softmax(-1) @ v, layer)
+
+
+class PaddedByIntegers(PaddedByHand):
+    """Flags and a triangle of bytes, bit by bit."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        later = torch.tril(torch.ones(x.shape[1], x.shape[1])).type(torch.ByteTensor)
+        seen = more[0][:, None, None] & later
+        return self.merge((q @ k.mT * DEPTH**-0.5).masked_fill(seen == 0, -1e9).softmax(-1) @ v, layer)
+
+
+class WrittenEntry(Decoder):
+    """One entry of the mask is written over."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        mask[4, 3] = False
+        return mask & (j <= i) | torch.eye(x.shape[1], dtype=torch.bool)
+
+
 class PaddedRowsRead(PaddedLeftFinite):
     """Behind it each row reads the one before it: a padded one, which is a mean over all keys, by a token."""
 
@@ -311,6 +370,11 @@ MASKS = (
     PaddedByFloats,
     PaddedByAddition,
     PaddedWithFloor,
+    ScaledBehind,
+    PaddedByComparison,
+    PaddedByMinimum,
+    PaddedByIntegers,
+    WrittenEntry,
     PaddedRowsRead,
     PaddedRowsReadByTheLast,
     PaddedRowsJoined,

@@ -300,8 +300,10 @@ def select(op: Op) -> Out:
     (label,) = coarse
     _counted_from_the_end(op, out, label, place)
     if scope.atoms[label].kind is Kind.SEQ:
-        out.ghosts = [*x.ghosts, _sliced(op, x, label, place, sympy.Integer(1), 1)]
-        return out
+        if label in scope.deps(x) or not place.is_Integer:
+            out.ghosts = [*x.ghosts, _sliced(op, x, label, place, sympy.Integer(1), 1)]
+            return out
+        x.everything.add(label)  # of a table that holds nothing of a row
     if scope.atoms[label].kind is Kind.BATCH:
         scope.batch = scope.batch or op.cause("one sequence of the batch is selected", errors.MixesBatch)
     scope.subst[symbol(label)] = place
