@@ -55,7 +55,7 @@ class Parts:
     raw: bool = False
     support: Boolean = sympy.true
     fill: Fill | None = None
-    low: float = NEGATIVE
+    low: float | None = None
     valid: Boolean = sympy.true
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = field(default_factory=Shift)
@@ -393,7 +393,7 @@ class Scope:
             raw=parts.raw,
             support=settle(parts.support),
             fill=parts.fill,
-            low=parts.low,
+            low=NEGATIVE if parts.low is None else parts.low,
             valid=settle(parts.valid),
             ahead=parts.ahead,
             shift=self._shift_of(parts, place),

@@ -378,17 +378,16 @@ def _as_held(expr: Value, dtype: torch.dtype) -> Value:
     """The closed form with its numbers rounded to a dtype, but for those that it does not hold."""
 
     def held(value: Value) -> Value:
-        if not value.is_number or not value.is_real or value.is_infinite:
+        if not value.is_number or not value.is_real:
             return value
         rounded = torch.tensor(float(value), dtype=dtype).item()
         return value if math.isinf(rounded) else constant(rounded) or value
 
-    parts = [(held(value), condition) for value, condition in branches(expr)]
-    return (
-        expr
-        if is_boolean(expr) or all(a == b for (a, _), (b, _) in zip(parts, branches(expr), strict=True))
-        else (join(parts) or expr)
-    )
+    parts = branches(expr)
+    rounded = [held(value) for value, _ in parts]
+    if is_boolean(expr) or rounded == [value for value, _ in parts]:
+        return expr
+    return join((value, condition) for value, (_, condition) in zip(rounded, parts, strict=True)) or expr
 
 
 def _rounds(fact: Fact, expr: Value, axes: Axes) -> bool:
@@ -415,10 +414,8 @@ def _read_by_their_own(op: Op, fact: Fact) -> None:
         if operand.fact.valid == sympy.true:
             continue
         for one in (a for a in operand.fact.atoms if a.kind is Kind.SEQ and a.size == 1):
-            ends = [
-                a.start + a.size - 1 for a in fact.atoms if a.kind is Kind.SEQ and (a.size, a.start) != (1, one.start)
-            ]
-            if not all(sympy.expand(one.start - end).is_nonnegative for end in ends):
+            others = [a for a in fact.atoms if a.kind is Kind.SEQ and (a.size, a.start) != (1, one.start)]
+            if not all(sympy.expand(one.start - a.start - a.size + 1).is_nonnegative for a in others):
                 raise errors.EmptyRow(detail=f"{op.node.target} reads a row whose own mask may have kept no key")
 
 

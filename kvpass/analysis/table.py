@@ -143,14 +143,10 @@ def support_of(value: Value) -> tuple[Boolean, Fill] | None:
     return None
 
 
-def lowest(value: Value | None) -> float:
+def lowest(value: Value) -> float:
     """What the very negative branches of a closed form are at most."""
-    low = (
-        [float(val) for val, _ in branches(value) if val.is_number and Fill.of(val) is Fill.NEG]
-        if value is not None
-        else []
-    )
-    return max(low, default=NEGATIVE)
+    values = [val for val, _ in branches(value) if val.is_number]
+    return max((float(val) for val in values if Fill.of(val) is Fill.NEG), default=NEGATIVE)
 
 
 def expression(operand: Any, scope: Scope) -> Value | None:

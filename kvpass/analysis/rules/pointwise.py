@@ -91,10 +91,12 @@ def _values(op: Op, count: int) -> list[Value] | None:
 
 def _lowest(op: Op) -> float:
     """What very negative entries are at most that come from the operands, or are filled in."""
-    numbers = [a for a in op.args if isinstance(a, (int, float)) and Fill.of(a) is Fill.NEG]
-    low = [x.fact.low for x in op.operands if x.fact.fill is Fill.NEG]
-    low += [float(x.fact.expr) for x in op.operands if x.fact.expr is not None and _is_low(x.fact.expr)]
-    return max([*low, *map(float, numbers)], default=NEGATIVE)
+    filled = [float(a) for a in op.args if isinstance(a, (int, float)) and Fill.of(a) is Fill.NEG]
+    facts = [x.fact for x in op.operands]
+    low = [fact.low for fact in facts if fact.fill is Fill.NEG]
+    written = [fact.expr for fact in facts if fact.fill is None and fact.expr is not None]
+    low += [float(value) for value in written if _is_low(value)]
+    return max([*filled, *low], default=NEGATIVE)
 
 
 def _is_low(value: Value) -> bool:
@@ -113,7 +115,7 @@ def _held(op: Op, number: Any) -> Any:
 def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     dims, ghosts = op.scope.broadcast(op.operands)
     parts.expr, parts.raw = expr, any(x.fact.raw for x in op.operands)
-    if parts.fill is Fill.NEG and parts.low == NEGATIVE:
+    if parts.low is None:
         parts.low = _lowest(op)
     return Out(dims, parts, ghosts)
 
