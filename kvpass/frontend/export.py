@@ -27,11 +27,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from kvpass import errors
 from kvpass.analysis.repeats import comparable
 from kvpass.analysis.sweep import sym
+from kvpass.analysis.table import RULES
 from kvpass.lowering.tape.trace import tracing
 
 _TRIED = 24  # ops before which a graph may be cut: the cheapest one is taken
 _WORTH = 0.7  # of the ops of a graph, still to be traced
 _AUTOCAST = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+aten = torch.ops.aten
+_READ = frozenset([
+    aten.argsort.stable, aten.chunk.default, aten.contiguous.default, aten.gru_cell.default, aten.meshgrid.default,
+    aten.meshgrid.indexing, aten.positive.default, aten.sym_size.int, aten.type_as.default, aten.unflatten.int,
+])  # written in others, and read as they are  # fmt: skip
 _IDLE = {torch._C._log_api_usage_once}  # return nothing, and change nothing that tracing sees
 
 
@@ -60,21 +66,30 @@ def _of_one_mode(fakes: Sequence[Any]) -> list[Any]:
 
 
 def traced(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """The same, all of it at once."""
+    """The same, all of it at once. Ops that are written in others are those, but for some that are read as they are."""
     spelled: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-    while True:
-        module = _to_aten(gm, fakes, spelled)
-        others = {n.target for n in module.graph.nodes if _is_composite(n.target)} - set(spelled)
-        if not others:
-            return module
-        spelled |= {op: op.decompose for op in others}
+    whole: set[torch._ops.OpOverload] = set(_READ)
+    module = _to_aten(gm, fakes, spelled)
+    while others := {n.target for n in module.graph.nodes if _is_composite(n.target)} - spelled.keys() - whole:
+        more = {op: op.decompose for op in others}
+        try:
+            module = _to_aten(gm, fakes, spelled | more)
+        except errors.CaptureFailed:  # PyTorch's own, which needs numbers where there are symbols
+            foreign = {op for op in others if op.namespace != "aten"}
+            if foreign == others:
+                raise
+            whole |= others - foreign
+        else:
+            spelled |= more
+    return module
 
 
 def _is_composite(op: Any) -> bool:
-    """An op of another library that is written in ops of PyTorch's; tracing leaves it whole."""
+    """An op without a rule that is written in other ops; tracing leaves it whole."""
     return (
         isinstance(op, torch._ops.OpOverload)
-        and op.namespace not in ("aten", "prim", "prims")
+        and op.namespace not in ("prim", "prims")
+        and op not in RULES
         and op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     )
 

@@ -41,6 +41,7 @@ LAYOUT: dict[str, Case] = {
     "expand_positions": Case(lambda e: e.i.expand(e.x.shape[0], -1), "index"),
     "broadcast_to": Case(lambda e: aten.broadcast_to.default(e.bias, e.x.shape), "index"),
     "broadcast_tensors": Case(lambda e: torch.mul(*aten.broadcast_tensors.default([e.bias, e.x])), "row"),
+    "written_over": Case(lambda e: aten.fill.Scalar(torch.empty_like(e.x), 1.5) * e.x, "row"),
     "fill": Case(lambda e: aten.fill.Scalar(e.x, 1.5) * e.x, "row"),
     "repeat": Case(lambda e: e.x.repeat(1, 1, 2), "row"),
     "repeat_rows": Case(lambda e: e.x.repeat(1, 2, 1), "row"),

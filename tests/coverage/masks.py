@@ -238,6 +238,40 @@ class WrittenEntry(Decoder):
         return mask & (j <= i) | torch.eye(x.shape[1], dtype=torch.bool)
 
 
+class StackedMask(Decoder):
+    """Columns for what is cached, of which there is nothing, stacked in front of a triangle."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        rows = x.shape[1]
+        later = torch.triu(torch.full((rows, rows), float("-inf")), 1)
+        return torch.hstack([torch.zeros((rows, 0)), later]) == 0
+
+
+class FilledMemory(Decoder):
+    """A triangle that is made in memory in which nothing stands."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        mask = torch.empty(x.shape[1], x.shape[1])
+        mask.fill_(float("-inf"))
+        mask.triu_(1)
+        return mask == 0
+
+
+class OtherNames(Decoder):
+    """Ops that are other names, or short for others."""
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        angle = torch.ger(torch.arange(ids.shape[1]).float(), torch.linspace(0.1, 1, 8))
+        return super().enter(ids) + torch.hstack((angle.sin(), angle.cos()))
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return torch.less_equal(j, i) & torch.greater(torch.subtract(i, j), -1) & torch.not_equal(torch.negative(i), 1)
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Tensor:
+        return torch.tensordot(x, self.head.weight.T, dims=1) + torch.inner(torch.special.erf(x), self.head.weight)
+
+
 class PaddedRowsRead(PaddedLeftFinite):
     """Behind it each row reads the one before it: a padded one, which is a mean over all keys, by a token."""
 
@@ -375,6 +409,9 @@ MASKS = (
     PaddedByMinimum,
     PaddedByIntegers,
     WrittenEntry,
+    StackedMask,
+    FilledMemory,
+    OtherNames,
     PaddedRowsRead,
     PaddedRowsReadByTheLast,
     PaddedRowsJoined,

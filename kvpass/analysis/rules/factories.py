@@ -106,3 +106,11 @@ def random(op: Op) -> Out:
     parts = Parts()
     parts.random = op.cause(name_of(op.node), errors.Randomness)
     return Out([op.scope.fresh(size) for size in op.shape], parts)
+
+
+@rule(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+def empty(op: Op) -> Out:
+    """Whatever is in memory, unless it is written over."""
+    parts = Parts()
+    parts.random = op.cause(f"{name_of(op.node)} is read where nothing was written", errors.Randomness)
+    return Out([op.scope.fresh(size, bcast=True) for size in op.shape], parts, detached=True)
