@@ -243,8 +243,10 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured, axes: Axes) -> 
         else:
             dims.append(() if size == 1 else (Atom(Kind.FREE, sym(size)),))
     fact = Fact(tuple(dims), value.dtype, context=given.role is Role.CONTEXT, sequence=given.role is Role.SEQUENCE)
-    if given.role is Role.FORM:
-        return replace(fact, expr=given.form)
+    if given.role is Role.FORM and given.form is not None:  # the same for all texts
+        places = dict(zip((index(0), index(1)), map(index, fact.rows), strict=True))
+        same = tuple(tuple(a if a.kind is Kind.SEQ else replace(a, bcast=True) for a in dim) for dim in fact.dims)
+        return replace(fact, dims=same, expr=given.form.xreplace(places))
     fact = replace(fact, deps=frozenset(fact.rows), raw=fact.dtype.is_floating_point)
     if fact.raw and given.entries is not None:
         axes.taken.add(given.name)

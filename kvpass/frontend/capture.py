@@ -195,9 +195,10 @@ def _sequence_symbols(
                 votes[expr] = votes.get(expr, 0) + (100 if axis == 1 and not fake.is_floating_point() else 1)
     found = {s for answer in answers[:1] for s in map(sym, answer.shape[1:]) if s in votes}
     votes |= {s: votes[s] + 10_000 for s in found}
-    if votes:
-        return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
     lengths = {int(sym(f.shape[1])) for f, c in zip(fakes, constant, strict=True) if _looks_like_ids(f, c)}
+    one_row = lengths == {1} and not found and max(votes.values(), default=0) < 100  # behind an encoder of floats
+    if votes and not one_row:
+        return sorted(votes, key=lambda s: (votes[s], s.name), reverse=True)
     raise errors.SingleRow() if lengths == {1} else _static_length(fakes, lengths)
 
 
@@ -350,7 +351,7 @@ def _tensor_input(
     if lead is None and axes and axes[0] > 0 and sym(fake.shape[0]) != 1:
         raise errors.AmbiguousAxes(detail=f"{source} has {fake.shape[0]} sequences where the batch has {batch}")
     if len(axes) == 2:
-        return _mask_input(name, k, source, axes, real)
+        return _mask_input(name, k, source, axes, lead, real)
     if len(axes) > 2:
         raise errors.NoSequence(detail=f"{source} has the sequence on {len(axes)} axes")
     role = Role.SEQUENCE if axes else Role.CONTEXT
@@ -380,10 +381,13 @@ def _undecided(fakes: Sequence[Any], constant: Sequence[bool], seq: sympy.Symbol
     return batch != 1 and any(not _is_batch(f, batch, False) for f in vectors)
 
 
-def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], real: torch.Tensor) -> Input:
-    """A mask that the caller passes: its closed form is recognised, and compared with it at every call."""
-    units = all(size == 1 for a, size in enumerate(real.shape) if a not in axes)
-    form = closed_form(real, lambda: sympy.nan) if units else None
+def _mask_input(name: str, k: int, source: str, axes: tuple[int, ...], lead: int | None, real: torch.Tensor) -> Input:
+    """A mask that the caller passes, one for all texts: its closed form is recognised, and compared at every call."""
+    last = axes == (real.dim() - 2, real.dim() - 1)
+    each = real.reshape(-1, *real.shape[-2:])
+    form = closed_form(each[0], lambda: sympy.nan) if last and bool((each == each[:1]).all()) else None
     if form is None or form.has(sympy.nan):
-        raise errors.DependsOnFuture(detail=f"{source} is a mask over pairs of rows that has no closed form")
-    return Input(name, k, Role.FORM, source, axes, None, form)
+        raise errors.DependsOnFuture(
+            detail=f"{source} is a mask over pairs of rows that has no closed form, the same for all texts"
+        )
+    return Input(name, k, Role.FORM, source, axes, lead, form)

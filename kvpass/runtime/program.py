@@ -297,16 +297,14 @@ def _unwatched(weights: Weights) -> str:
 
 
 def form_holds(mask: torch.Tensor, form: Any) -> bool:
-    """True where a ``[.., S, S]`` tensor is the closed form, over ``x0`` and ``x1``, in every entry."""
-    rows = mask.reshape(mask.shape[-2:]) if mask.dim() >= 2 else mask
-    size = rows.shape[0]
+    """True where ``[.., S, S]`` tensors are the closed form, over ``x0`` and ``x1``, in every entry."""
+    size = mask.shape[-1]
     symbols = {
         index(0): torch.arange(size, device=mask.device).unsqueeze(1),
         index(1): torch.arange(size, device=mask.device).unsqueeze(0),
     }
-    value = evaluate(form, symbols, {})
-    expected = torch.as_tensor(value, device=mask.device).expand(size, size)
-    return bool(torch.equal(expected.to(mask.dtype), rows))
+    value = torch.as_tensor(evaluate(form, symbols, {}), device=mask.device)
+    return bool(torch.equal(value.to(mask.dtype).expand(mask.shape), mask))
 
 
 def run(incremental: Incremental, args: Sequence[Any], lease: Lease) -> Outputs:

@@ -193,9 +193,9 @@ class _Sweep:
 
     def _all_rows(self, node: fx.Node, demand: Demand) -> None:
         if len(demand) > 1:
-            raise errors.NotIncremental(detail="pairs of rows are needed for all rows at once").at(
-                node.name, source_of(node)
-            )
+            kept = ", since the model returns them, or keeps them as an attribute" if node in self.only_output else ""
+            detail = f"pairs of rows are needed for all rows at once{kept}"
+            raise errors.NotIncremental(detail=detail).at(node.name, source_of(node))
         self.sinks[node] = None
         self.ask(node, NEW)
 

@@ -272,6 +272,31 @@ class OtherNames(Decoder):
         return torch.tensordot(x, self.head.weight.T, dims=1) + torch.inner(torch.special.erf(x), self.head.weight)
 
 
+class PassedForEachText(Decoder):
+    """A triangle for each text from outside, ``[B, S, S]``; all are alike."""
+
+    batches = True
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        return more[0][:, None]
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        rows = ids.shape[1]
+        return (torch.ones(rows, rows, dtype=torch.bool).tril().repeat(ids.shape[0], 1, 1),)
+
+
+class PassedForEachHead(PassedForEachText):
+    """The same as numbers that are added, ``[B, H, S, S]``."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        return self.merge((q @ k.mT * DEPTH**-0.5 + more[0]).softmax(-1) @ v, layer)
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        rows = ids.shape[1]
+        return (torch.full((rows, rows), -1e9).triu(1).repeat(ids.shape[0], 2, 1, 1),)
+
+
 class PaddedRowsRead(PaddedLeftFinite):
     """Behind it each row reads the one before it: a padded one, which is a mean over all keys, by a token."""
 
@@ -412,6 +437,8 @@ MASKS = (
     StackedMask,
     FilledMemory,
     OtherNames,
+    PassedForEachText,
+    PassedForEachHead,
     PaddedRowsRead,
     PaddedRowsReadByTheLast,
     PaddedRowsJoined,
