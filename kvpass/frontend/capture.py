@@ -57,10 +57,13 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     for seq in _symbols_before_the_batch(fakes, constant):  # which says more of what is given than the other reading
         place = next((k for k, other in enumerate(growing) if other == (seq, False)), len(growing))
         growing.insert(place, (seq, True))
+    if fixed_length is not None and not growing:
+        raise fixed_length
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
     module = exported(gm, fakes)
     without_empty(module.graph)
     refused: list[errors.Refusal] = []
+    read = False  # whether the tokens could be read as ``[B, S]``
     fixed = _numbers(fakes)
     for seq, rows_first in growing:
         if seq in fixed:
@@ -73,6 +76,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
             except errors.Refusal as refusal:
                 refused += [] if apart else [refusal]
                 continue
+            read = read or not rows_first
             first, *others = _leads(described.module, seq)
             yield replace(described, scalars=scalars, lead=first)
             for lead in others:
@@ -80,7 +84,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
                 yield replace(described, scalars=scalars, lead=lead)
     if fixed_length is not None:
         raise fixed_length
-    if len(refused) == len(growing):
+    if refused and not read:
         raise refused[0]
 
 
