@@ -162,7 +162,7 @@ LAYOUT: dict[str, Case] = {
     "einsum_values": Case(lambda e: torch.einsum("bij,bjd->bid", e.weights, e.y), "row"),
     "einsum_swapped": Case(lambda e: torch.einsum("bij,bid->bjd", e.weights, e.y), "whole"),
     "einsum_batch": Case(lambda e: torch.einsum("bid,cid->bci", e.x, e.y), "row"),
-    "einsum_diagonal": Case(lambda e: torch.einsum("bii->bi", e.scores), "whole", ideal="row"),
+    "einsum_diagonal": Case(lambda e: torch.einsum("bii->bi", e.scores), "refused", ideal="row"),
     "einsum_style": Case(lambda e: torch.einsum("bid,td->bit", e.x, e.style), "row"),
     # attention
     "sdpa_bare": Case(lambda e: sdpa(e.heads, e.heads, e.heads), "whole"),
