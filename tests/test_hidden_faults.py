@@ -372,3 +372,20 @@ def test_a_number_that_becomes_one_that_masks() -> None:
         kept = torch.ones_like(ids)
         kept[:, 7:8] = 2 if call in (6, 8) else 1
         check_same(fast, model, [ids, kept])
+
+
+class Pairs(Decoder):
+    """Rows of each text against the contexts of all."""
+
+    def leave(self, x: Tensor, ids: Tensor, *more: Any) -> Tensor:
+        return x @ more[0].T
+
+
+@torch.no_grad()
+def test_an_entry_for_each_pair_of_texts() -> None:
+    """One text's context changes: the other text's rows have an entry of it."""
+    torch._dynamo.reset()
+    model, sides = build(Pairs), torch.randn(2, SIZE)
+    fast = kvpass.compile(model, cache=kvpass.Cache("8MiB", page_size=4), verify=False, tiers="eager")
+    for call, ids in enumerate((*lengths(), *lengths())):
+        check_same(fast, model, [ids, sides if call % 2 else torch.stack((sides[0], -sides[1]))])
