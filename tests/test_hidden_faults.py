@@ -125,16 +125,26 @@ class Forms(Decoder):
             "counted": lambda: (j <= i) & ((counted[:, None] > 2) | (i - j < 3)),
             "half": lambda: ~(low <= -1e4) & (i - j < 40),
             "sum": lambda: 0.6 * (j <= i).float() + 0.3 * (i - j < 30).float() >= 0.9,
-            "wrapped": lambda: self.places[rows][None] <= self.places[rows][:, None],
+            "wrapped": lambda: self.places.long()[rows][None] <= self.places.long()[rows][:, None],
         }[self.how]()
-        if self.how == "softplus":
-            return self.merge(softplus(torch.where(j <= i, score, -1e4), beta=1e-4) @ v, layer)
         fill = -torch.inf if self.how == "sum" else -1e9
         return self.merge(score.masked_fill(~seen, fill).softmax(-1) @ v, layer)
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("places", (torch.arange(320) // 16 * 16 + 250).to(torch.uint8).long()[:64])
+        self.register_buffer("places", torch.arange(250, 314).to(torch.uint8))
+
+
+class Soft(Decoder):
+    """A softplus so wide that a very negative score is not zero."""
+
+    how = ""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score = torch.where(j <= i, q @ k.mT * DEPTH**-0.5, -1e4)
+        return self.merge(softplus(score, beta=1e-4) @ v * 1e-4, layer)
 
 
 class Tables(Decoder):
@@ -238,6 +248,7 @@ CASES = [
     *kinds(Padded, "slice", "select", "index", "half", "attention"),
     *kinds(Additive, "equal", "scaled", "below", "rows"),
     *kinds(Forms, "full", "counted", "half", "sum", "wrapped"),
+    *kinds(Soft, ""),
     *kinds(Tables, "last", "chosen", "middle"),
     *kinds(Cut, "tril", "triu"),
     *kinds(Behind, "softmax", "sdpa"),
