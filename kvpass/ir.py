@@ -100,12 +100,8 @@ def holds(guard: sympy.Basic, symbol: sympy.Symbol, number: int) -> bool:
     """Whether a guard of one symbol is true of a number."""
     try:
         return bool(guard.xreplace({symbol: sympy.Integer(number)}) == sympy.true)
-    except (
-        ZeroDivisionError,
-        ValueError,
-        AssertionError,
-    ):  # chunks of n // 64 rows, log2(n - 9): torch would have raised, too
-        return False
+    except (ZeroDivisionError, ValueError, AssertionError):
+        return False  # chunks of n // 64 rows, log2(n - 9), what sizes are asserted to be: torch would have raised, too
 
 
 class Step(enum.Enum):

@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from kvpass.analysis.expressions import Value, boolean, constant
-from kvpass.analysis.facts import Fill, index
+from kvpass.analysis.facts import NEGATIVE, Fill, index
 from kvpass.ir import Entries
 
 _MAX_ENTRIES = 1 << 26
@@ -46,19 +46,19 @@ def entries_of(tensor: torch.Tensor) -> Entries | None:
     Floats are one of each row, ``[B, S]`` and not all zero, or as they are added to scores, ``[B, 1, 1, S]``.
     """
     if not tensor.is_floating_point():
-        return Entries.FLAGS if holds(tensor, Entries.FLAGS) else None
+        return Entries.FLAGS if holds_only(tensor, Entries.FLAGS) else None
     added = tensor.dim() == 4 and tensor.shape[1] == tensor.shape[2] == 1
     if not added and (tensor.dim() != 2 or not bool(tensor.any())):
         return None
     kinds = (Entries.MASK,) if added else (Entries.FLAGS, Entries.MASK)
-    return next((kind for kind in kinds if holds(tensor, kind)), None)
+    return next((kind for kind in kinds if holds_only(tensor, kind)), None)
 
 
-def holds(tensor: torch.Tensor, entries: Entries) -> bool:
+def holds_only(tensor: torch.Tensor, entries: Entries) -> bool:
     """Whether these are all entries of a tensor of numbers."""
     if tensor.is_complex() or tensor.dtype is torch.bool or not tensor.numel():
         return False
-    other = tensor == 1 if entries is Entries.FLAGS else tensor <= -1e4
+    other = tensor == 1 if entries is Entries.FLAGS else tensor <= NEGATIVE
     return bool(((tensor == 0) | other).all())
 
 

@@ -31,7 +31,6 @@ class Keys:
         self.together = plan is not None and plan.analyzed.together
         self.sequences = captured.of(Role.SEQUENCE)
         self.contexts = captured.of(Role.CONTEXT)
-        self.forms = captured.of(Role.FORM)
         behind = captured.module.graph.nodes if plan is None else ancestry(*(slot.node for slot in plan.slots))
         read = {node.name for node in behind}
         self._contexts_of_rows = [i for i in self.contexts if i.name in read]

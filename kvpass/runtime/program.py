@@ -16,12 +16,12 @@ import torch
 from torch import fx
 
 from kvpass import errors
-from kvpass.analysis.buffers import holds
+from kvpass.analysis.buffers import holds_only
 from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import sym
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
-from kvpass.ir import Captured, Role, is_dense
+from kvpass.ir import Captured, Input, Role, is_dense
 from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
 from kvpass.runtime.lent import Lender
@@ -43,6 +43,7 @@ class Bound:
 
     Attributes:
         dense: outputs that the model itself returns without holes, which a slice of stored rows has.
+        masks: inputs whose `Entries` the proof uses: to be looked at in every call.
     """
 
     incremental: Incremental
@@ -51,6 +52,7 @@ class Bound:
     table: SlotTable
     lenders: Mapping[int, Lender]
     dense: frozenset[int]
+    masks: tuple[Input, ...]
     module: fx.GraphModule
     hoisted: Hoisted | None
     remembered: Remembered
@@ -120,6 +122,7 @@ class Program:
         self._tiers, self._compare = tiers, compare
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
+        self._forms = captured.of(Role.FORM)
         self._lock = threading.Lock()
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
@@ -250,9 +253,9 @@ class Program:
         else:
             module = lazily(incremental.module if hoisted is None else hoisted.step)
             steps = Steps(self.captured, module, len(plan.slots), self._tiers, self._compare)
-        return Bound(
-            incremental, keys, weights, table, _lenders(plan), _dense(plan), steps.module, hoisted, remembered, steps
-        )
+        masks = tuple(i for i in self.captured.inputs if i.name in plan.analyzed.taken)
+        lenders, dense = _lenders(plan), _dense(plan)
+        return Bound(incremental, keys, weights, table, lenders, dense, masks, steps.module, hoisted, remembered, steps)
 
     def _numbers_hold(self, args: Sequence[Any]) -> bool:
         """Python numbers that Dynamo passes as tensors must still be what they were in the captured graph."""
@@ -269,7 +272,7 @@ class Program:
 
     def _forms_hold(self, args: Sequence[Any]) -> bool:
         """Masks that the caller passes must still be what was proved of them."""
-        for given in self.captured.of(Role.FORM):
+        for given in self._forms:
             if not form_holds(args[given.index], given.form):
                 self._warn(given.name, f"{given.source} is no longer {given.form}: the call runs without the cache")
                 return False
@@ -277,9 +280,8 @@ class Program:
 
     def _entries_hold(self, bound: Bound | None, args: Sequence[Any]) -> bool:
         """Masks that the caller passes hold the numbers that the proof takes them to hold."""
-        taken = frozenset[str]() if bound is None else bound.incremental.plan.analyzed.taken
-        for given in self.captured.inputs:
-            if given.name in taken and given.entries is not None and not holds(args[given.index], given.entries):
+        for given in () if bound is None else bound.masks:
+            if given.entries is not None and not holds_only(args[given.index], given.entries):
                 detail = f"{given.source} holds more than {given.entries.value}: the call runs without the cache"
                 self._warn(given.name, str(errors.OtherEntries(detail=detail)))
                 return False

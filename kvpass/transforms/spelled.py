@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -99,8 +99,7 @@ class _Walk:
         bias = step.operands[0]
         if beta == 0:
             return alpha * SCORE
-        if (known := only_fill(self.analyzed.fact(bias))) is not None and not self.stays(bias):
-            self.hides(bias, known, _compose(step, 0, at))
+        if self.leaves_out(bias, _compose(step, 0, at)):
             return alpha * SCORE
         return alpha * SCORE + beta * self.load(bias, step, 0, at)
 
@@ -135,17 +134,28 @@ class _Walk:
         """True of a mask that is added as the numbers it holds."""
         return self.of_context and hides_all(self.analyzed.fact(mask))
 
+    def leaves_out(self, mask: fx.Node, at: tuple[int | None, ...], sign: int = 1) -> bool:
+        """True of a mask that is added and no more than that: the support says it."""
+        known = only_fill(self.analyzed.fact(mask), sign)
+        if known is None or self.stays(mask):
+            return False
+        self.hides(mask, known, at)
+        return True
+
     def hides(self, node: fx.Node, support: Any, at: tuple[int | None, ...]) -> None:
         """A mask that is left out of the score, since the support of the softmax has it: looked at in the end."""
-        fact, names = self.analyzed.fact(node), self.names()
+        names = self.names()
         letters = [None if place is None else names[place] for place in at]
-        used = [k for k in range(len(fact.atoms)) if index(k) in support.free_symbols]
-        by_head = any(letters[k] == "h" for k in used)
+        if any(x is None and index(k) in support.free_symbols for k, x in enumerate(letters)):
+            raise NotRecognised(f"{node.name} masks the scores along another axis")
+        self.hidden.append(self.over(self.analyzed.fact(node), support, letters))
+
+    def over(self, fact: Fact, support: Any, letters: Sequence[str | None]) -> Any:
+        """A support over ``b h i j``; what it reads is loaded."""
+        by_head = any(x == "h" and index(k) in support.free_symbols for k, x in enumerate(letters))
         if by_head and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
             raise NotRecognised("the mask differs by head")
-        if any(letters[k] is None for k in used):
-            raise NotRecognised(f"{node.name} masks the scores along another axis")
-        self.hidden.append(predicate(self.analyzed, fact, support, tuple(x or "h" for x in letters), self.loads))
+        return predicate(self.analyzed, fact, support, tuple(x or "h" for x in letters), self.loads)
 
     def is_mask(self, node: fx.Node) -> bool:
         fact = self.analyzed.fact(node)
@@ -191,11 +201,7 @@ class _Walk:
         fact = self.analyzed.fact(source)
         if fact.fill is None or self.stays(source):
             return sympy.true
-        letters = tuple(name or "h" for name in self.names())
-        heads = [k for k, name in enumerate(letters) if name == "h" and index(k) in fact.support.free_symbols]
-        if heads and len(heads_of(self.fact, (self.row_atom, self.key_atom))) > 1:
-            raise NotRecognised("the mask differs by head")
-        support = predicate(self.analyzed, fact, fact.support, letters, self.loads)
+        support = self.over(fact, fact.support, self.names())
         if fact.fill is Fill.NEG and emptied_by_index(support, self.of_context):
             raise NotRecognised("a finite fill empties a row")
         return support
@@ -221,10 +227,8 @@ class _Walk:
         q, key = self._narrowed(q, key, dtype)
         parts = Parts(self.analyzed, ahead.out, q, key, value, result)
         support = self.support()
-        kept = set(sympy.And.make_args(support))
-        for mask in self.hidden:
-            if not set(sympy.And.make_args(mask)) <= kept and not implies(support, mask):
-                raise NotRecognised("a mask of the scores that is no longer one where the softmax reads them")
+        if not all(implies(support, mask) for mask in self.hidden):
+            raise NotRecognised("a mask of the scores that is no longer one where the softmax reads them")
         strict = self.analyzed.fact(arguments(self.softmax)[0]).fill is Fill.NEG_INF  # an empty row is NaN
         strict = strict and self.softmax.target is not aten._safe_softmax.default and not ahead.zeroed
         dtype = self.softmax.meta["val"].dtype
@@ -356,8 +360,7 @@ def _added(walk: _Walk, node: fx.Node, step: Step, at: Any) -> tuple[fx.Node, An
         raise NotRecognised("the scores are subtracted")
     product, score = walk.into(step, k, at)
     other = step.operands[1 - k]
-    if (known := only_fill(walk.analyzed.fact(other), sign)) is not None and not walk.stays(other):
-        walk.hides(other, known, _compose(step, 1 - k, at))
+    if walk.leaves_out(other, _compose(step, 1 - k, at), sign):
         return product, score
     return product, score + sign * walk.load(other, step, 1 - k, at)
 
