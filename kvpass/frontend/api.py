@@ -56,12 +56,13 @@ def _mark(value: Any, of_tokens: int) -> None:
     """
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return
-    axes = [0] if value.dim() == 1 else [3] if value.dim() == 4 and value.shape[1] == value.shape[2] == 1 else [1]
-    if _are_tokens(value):
-        axes = [of_tokens]
     square = value.dim() >= 2 and value.shape[-1] == value.shape[-2] and value.shape[-1] > 1
     if square and (value.dim() != 3 or not value.is_floating_point()):  # which might be rows of as many entries
         axes = [value.dim() - 2, value.dim() - 1]
+    elif value.dim() == 4 and value.shape[1] == value.shape[2] == 1:
+        axes = [3]
+    else:
+        axes = [0] if value.dim() == 1 else [of_tokens if _are_tokens(value) else 1]
     for axis in axes:
         if value.shape[axis] > 1:
             torch._dynamo.maybe_mark_dynamic(value, axis)

@@ -49,43 +49,29 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     _one_device([f for f in fakes if isinstance(f, torch.Tensor)])
     constant = [is_constant(n, r) for n, r in zip(places, real, strict=True)]
     _tie_lengths(fakes, constant)
-    fixed_length, growing = None, list[tuple[sympy.Symbol, bool]]()
-    try:
-        growing = [(seq, False) for seq in _sequence_symbols(fakes, constant, _answered(gm))]
-    except errors.Refusal as refusal:
-        fixed_length = refusal
-    for seq in _symbols_before_the_batch(fakes, constant):  # which says more of what is given than the other reading
-        place = next((k for k, other in enumerate(growing) if other == (seq, False)), len(growing))
-        growing.insert(place, (seq, True))
-    if fixed_length is not None and not growing:
-        raise fixed_length
+    readings, unread = _readings(fakes, constant, _answered(gm))
+    if unread is not None and not readings:
+        raise unread
     gm, scalars = _with_numbers(unmapped(expanded(gm)), places, real)
     module = exported(gm, fakes)
     without_empty(module.graph)
-    refused: list[errors.Refusal] = []
-    read = False  # whether the tokens could be read as ``[B, S]``
-    fixed = _numbers(fakes)
-    for seq, rows_first in growing:
-        if seq in fixed:
-            refused.append(fixed[seq][1])
+    fixed, read = _numbers(fakes), False
+    for reading in readings:
+        try:
+            if reading.seq in fixed:
+                raise fixed[reading.seq][1]
+            described = _described(copied(module), places, fakes, real, constant, reading)
+        except errors.Refusal as refusal:
+            unread = unread if reading.rows_first else unread or refusal
             continue
-        for apart in (False, True) if _undecided(fakes, constant, seq, rows_first) else (False,):
-            reading = _Reading(seq, rows_first, apart)
-            try:
-                described = _described(copied(module), places, fakes, real, constant, reading)
-            except errors.Refusal as refusal:
-                refused += [] if apart else [refusal]
-                continue
-            read = read or not rows_first
-            first, *others = _leads(described.module, seq)
-            yield replace(described, scalars=scalars, lead=first)
-            for lead in others:
-                described = _described(copied(module), places, fakes, real, constant, reading)
-                yield replace(described, scalars=scalars, lead=lead)
-    if fixed_length is not None:
-        raise fixed_length
-    if refused and not read:
-        raise refused[0]
+        read = read or not reading.rows_first
+        first, *others = _leads(described.module, reading.seq)
+        yield replace(described, scalars=scalars, lead=first)
+        for lead in others:
+            described = _described(copied(module), places, fakes, real, constant, reading)
+            yield replace(described, scalars=scalars, lead=lead)
+    if unread is not None and not read:
+        raise unread
 
 
 @dataclass(frozen=True)
@@ -98,8 +84,28 @@ class _Reading:
     """
 
     seq: sympy.Symbol
-    rows_first: bool = False
-    apart: bool = False
+    rows_first: bool
+    apart: bool
+
+
+def _readings(
+    fakes: Sequence[Any], constant: Sequence[bool], answers: Sequence[torch.Tensor]
+) -> tuple[list[_Reading], errors.Refusal | None]:
+    """All of them, the likeliest first, and why none is of tokens ``[B, S]``, where that is so."""
+    found, why = list[tuple[sympy.Symbol, bool]](), None
+    try:
+        found = [(seq, False) for seq in _sequence_symbols(fakes, constant, answers)]
+    except errors.Refusal as refusal:
+        why = refusal
+    for seq in _symbols_before_the_batch(fakes, constant):  # which says more of what is given than the other reading
+        place = next((k for k, other in enumerate(found) if other == (seq, False)), len(found))
+        found.insert(place, (seq, True))
+    either, one = (False, True), (False,)
+    return [
+        _Reading(seq, rows_first, apart)
+        for seq, rows_first in found
+        for apart in (either if _undecided(fakes, constant, seq, rows_first) else one)
+    ], why
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
