@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -13,21 +12,19 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.core.function import AppliedUndef
-from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, FloorDiv, Max, Min, ToFloat
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
-from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.buffers import closed_form
-from kvpass.analysis.expressions import LIMIT, Value, branches, chosen, constant, is_boolean, join
-from kvpass.analysis.facts import Atom, Cause, Expr, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.expressions import Value, constant
+from kvpass.analysis.facts import Atom, Expr, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.forms import leaf_of, leaf_value, settle
 from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
 from kvpass.analysis.scope import Axes, Link, Scope, quotient
-from kvpass.analysis.table import RULES, Op, Out, lowest, support_of
+from kvpass.analysis.table import RULES, Op, Out
 from kvpass.ir import Captured, Entries, Input, Role
 
 
@@ -250,7 +247,7 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured, axes: Axes) -> 
     fact = replace(fact, deps=frozenset(fact.rows), raw=fact.dtype.is_floating_point)
     if fact.raw and given.entries is not None:
         axes.taken.add(given.name)
-        shown = sympy.Ne(_leaf(node, fact), 0)
+        shown = sympy.Ne(leaf_of(node, fact), 0)
         if given.entries is Entries.MASK:  # how low the numbers are is not known
             return replace(fact, support=sympy.Not(shown), fill=Fill.NEG)
         fact = fact.with_expr(sympy.Piecewise((sympy.Integer(1), shown), (sympy.Integer(0), True)))
@@ -268,9 +265,9 @@ def _lifted_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
 def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
     dims = tuple(() if size == 1 else (Atom(Kind.FREE, sympy.Integer(size)),) for size in tensor.shape)
     fact = Fact(dims, tensor.dtype)
-    expr = closed_form(tensor, lambda: _leaf(node, fact)) if tensor.numel() != 1 else _one_number(node, tensor)
+    expr = closed_form(tensor, lambda: leaf_of(node, fact)) if tensor.numel() != 1 else _one_number(node, tensor)
     if expr is None and tensor.dim() <= 4 and not tensor.is_floating_point() and not tensor.is_complex():
-        return fact.with_expr(_leaf_value(node, fact))
+        return fact.with_expr(leaf_value(node, fact))
     return fact.with_expr(expr)
 
 
@@ -282,128 +279,6 @@ def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:
     if node.op == "get_attr" or (tensor.is_floating_point() and Fill.of(-abs(number)) in (Fill.NEG, Fill.NEG_INF)):
         return constant(number)
     return None
-
-
-def _leaf(node: fx.Node, fact: Fact) -> Value:
-    function = sympy.Function(leaf_name(node.name), integer=True)
-    return function(*(index(k) if atom.size != 1 else sympy.Integer(0) for k, atom in enumerate(fact.atoms)))
-
-
-def _leaf_value(node: fx.Node, fact: Fact) -> Value:
-    leaf = _leaf(node, fact)
-    return sympy.Ne(leaf, 0) if fact.dtype is torch.bool else leaf
-
-
-def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
-    """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
-    expr = _flagged(fact, axes)
-    if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node, axes)):
-        expr = None
-    if expr is not None and fact.dtype.is_floating_point:
-        expr = _as_held(expr, fact.dtype)
-    fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr, axes))
-    axes.bounds[leaf_name(node.name)] = rounding.bound_of(fact.dtype)
-    if expr is None:
-        small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
-        return replace(fact, expr=_leaf_value(node, fact) if small else None)
-    expr = laws.apply(expr, axes.laws)
-    fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
-    length = fact.length
-    support, fill = support_of(expr) or (sympy.true, None)
-    fact = replace(fact, support=support, fill=fill, low=lowest(expr), shift=shifts.of_form(expr, fact.atoms, axes.seq))
-    if expr.has(axes.seq):
-        length = length or Cause(
-            node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
-        )
-    elif not expr.atoms(AppliedUndef):
-        length = None
-    if axes.batch.free_symbols and expr.has(axes.batch):
-        cause = Cause(node.name, f"its closed form {expr} speaks of the number of texts", errors.MixesBatch)
-        fact = replace(fact, batch=fact.batch or cause)
-    if expr.atoms(AppliedUndef):
-        return replace(fact, expr=expr, length=length)
-    return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
-
-
-def _flagged(fact: Fact, axes: Axes) -> Value | None:
-    """The closed form as a choice where flags are made a mask: ``(1 - mask) * -1e9`` is 0 or -1e9.
-
-    That is what makes it a mask: of other integers it might undo one that it is added to, or be rounded.
-    """
-    expr, half = fact.expr, fact.dtype in (torch.float16, torch.bfloat16)
-    if expr is None or is_boolean(expr) or not axes.flags or not fact.dtype.is_floating_point:
-        return expr
-    parts: list[tuple[Value, Boolean]] = []
-    for value, condition in branches(expr):
-        leaves = sorted(value.atoms(AppliedUndef), key=str)
-        names = {leaf.func.__name__ for leaf in leaves}
-        options = list(chosen(value, leaves)) if len(leaves) <= 2 and names <= axes.flags.keys() else []
-        large = any(Fill.of(-abs(val)) in (Fill.NEG, Fill.NEG_INF) for val, _ in options if val.is_number)
-        if not options or not (large or half) or not all(val.is_number for val, _ in options):
-            parts.append((value, condition))
-            continue
-        axes.taken.update(axes.flags[name] for name in names)
-        parts += [(val, sympy.And(condition, choice)) for val, choice in options]
-    return join(parts)
-
-
-def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
-    """True where the dtype holds the closed form without wrapping, and nothing was decided by a number that is rounded.
-
-    Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay.
-    """
-    dtype = fact.dtype
-    if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)) and not _decided_by_flags(expr, axes):
-        return False
-    if dtype in (torch.int32, torch.int64) and not is_boolean(expr):
-        return rounding.is_exact(expr, dtype, axes.bounds)
-    if dtype in (torch.bool, torch.float32, torch.float64) or dtype.is_complex or is_boolean(expr):
-        return True
-    values = [value for value, _ in branches(expr)]
-    if not all(value.is_number for value in values):
-        return False
-    return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
-
-
-def _decided_by_flags(expr: Value, axes: Axes) -> bool:
-    """A condition on sums of flags, which floats hold though they do not hold all integers."""
-    names = {leaf.func.__name__ for leaf in expr.atoms(AppliedUndef)}
-    if not names or not names <= axes.flags.keys() or not is_boolean(expr):
-        return False
-    if not rounding.is_decided(expr, dict.fromkeys(names, 1)):
-        return False
-    axes.taken.update(axes.flags[name] for name in names)
-    return True
-
-
-def _as_held(expr: Value, dtype: torch.dtype) -> Value:
-    """The closed form with its numbers rounded to a dtype, but for those that it does not hold."""
-
-    def held(value: Value) -> Value:
-        if not value.is_number or not value.is_real:
-            return value
-        rounded = torch.tensor(float(value), dtype=dtype).item()
-        return value if math.isinf(rounded) else constant(rounded) or value
-
-    parts = branches(expr)
-    rounded = [held(value) for value, _ in parts]
-    if is_boolean(expr) or rounded == [value for value, _ in parts]:
-        return expr
-    return join((value, condition) for value, (_, condition) in zip(rounded, parts, strict=True)) or expr
-
-
-def _rounds(fact: Fact, expr: Value, axes: Axes) -> bool:
-    floats = fact.dtype in (torch.float32, torch.float64)
-    return fact.rounded or (floats and not rounding.is_exact(expr, fact.dtype, axes.bounds))
-
-
-def _place_in_batch(fact: Fact, expr: Value, node: fx.Node) -> Cause | None:
-    """A closed form that speaks of the index along the batch itself, not only of what is stored there."""
-    places = {index(k) for k, a in enumerate(fact.atoms) if a.kind is Kind.BATCH and a.size != 1}
-    bare = expr.replace(lambda e: isinstance(e, AppliedUndef), lambda e: sympy.Dummy())
-    if not places & bare.free_symbols:
-        return None
-    return Cause(node.name, "a value differs by the place in the batch", errors.MixesBatch)
 
 
 def _read_by_their_own(op: Op, fact: Fact) -> None:
