@@ -84,12 +84,15 @@ class Op:
                 parts.length = parts.length or self.cause(
                     f"{name_of(self.node)} uses the number of rows, {number}, as a number", errors.DependsOnLength
                 )
-            batch = self.scope.axes.batch
-            if isinstance(number, sympy.Basic) and batch.free_symbols and number.has(batch):
-                parts.batch = parts.batch or self.cause(
-                    f"{name_of(self.node)} uses the size of the batch as a number", errors.MixesBatch
-                )
+            self.counts_texts(parts, number)
         return parts
+
+    def counts_texts(self, parts: Parts, number: Any) -> None:
+        """Note in ``parts`` that a result depends on the number of texts, where a number that the op is given does."""
+        batch = self.scope.axes.batch
+        if isinstance(number, sympy.Basic) and batch.free_symbols and number.has(batch):
+            why = f"{name_of(self.node)} uses the size of the batch as a number"
+            parts.batch = parts.batch or self.cause(why, errors.MixesBatch)
 
     def counts_rows(self) -> bool:
         """True where the number of rows is one of the numbers that the op is given."""

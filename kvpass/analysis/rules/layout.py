@@ -227,14 +227,7 @@ def _counted_from_the_end(op: Op, out: Out, label: Label, start: Expr) -> None:
         level = parts.shift.affine if parts.length is None else parts.shift.level & parts.shift.affine
         parts.shift = Shift(parts.shift.affine, level & {label})
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
-    _counted_by_texts(op, out, start)
-
-
-def _counted_by_texts(op: Op, out: Out, number: Expr) -> None:
-    batch = op.scope.axes.batch
-    if batch.free_symbols and number.has(batch):
-        why = f"{op.node.target} uses the number of texts, {number}, as a place"
-        out.parts.batch = out.parts.batch or op.cause(why, errors.MixesBatch)
+    op.counts_texts(parts, start)
 
 
 def _start(op: Op, before: Expr, after: Expr) -> Expr:
@@ -368,7 +361,7 @@ def _triangle(op: Op, keep: Any) -> Out:
     if value is None and diagonal.has(scope.axes.seq):
         why = f"{op.node.target} cuts at {diagonal}, which moves when the text grows"
         out.parts.length = out.parts.length or op.cause(why, errors.DependsOnLength)
-    _counted_by_texts(op, out, diagonal)
+    op.counts_texts(out.parts, diagonal)
     if value is not None:
         if op.dtypes[0] is torch.bool:
             out.parts.expr = simplify(sympy.And(value, kept))
