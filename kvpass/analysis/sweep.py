@@ -117,7 +117,7 @@ def _counted(size: Expr) -> Expr:
     if isinstance(size, FloatTrueDiv):
         whole, step = size.args[0].replace(ToFloat, lambda n: n), size.args[1]
         whole = whole.replace(lambda n: n.is_Float and n == int(n), lambda n: sympy.Integer(int(n)))
-        if whole.is_integer and step.is_number and float(step) in (1.0, 0.5, 0.25):
+        if whole.is_integer and step.is_number and abs(float(step)) in (1.0, 0.5, 0.25):
             return sympy.expand(whole * int(1 / step))
     return CeilToInt(size)
 

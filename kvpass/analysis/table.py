@@ -112,6 +112,8 @@ class Op:
         return None if fact.fill is None else (self.scope.lift(operand, fact.support), fact.fill)
 
 
+OF_THE_ROW_BELOW = "reads what a shift by a view puts above the diagonal, which is of the row below"
+
 Rule = Callable[[Op], "Out | list[Out]"]
 RULES: dict[Any, Rule] = {}
 
@@ -255,12 +257,15 @@ def reads_rows(op: Op, parts: Parts, labels: Iterable[Label], support: Boolean =
 
     Raises:
         EmptyRow: some may not, and whatever is made of them is not what the model makes, the last row included.
+        DependsOnFuture: some are none of that row's (`only_where`).
     """
     scope = op.scope
     terms = sympy.And.make_args(scope.resolve(parts.valid))
     rows = {symbol(label) for label in labels}
     mine = [term for term in terms if rows & term.free_symbols]
     if mine and not implies(scope.resolve(support), sympy.And(*mine)):
+        if any(not term.atoms(AppliedUndef) for term in mine):
+            raise errors.DependsOnFuture(detail=f"{name_of(op.node)} {OF_THE_ROW_BELOW}")
         raise errors.EmptyRow(detail=f"{name_of(op.node)} reads rows whose own mask may have kept no key")
     parts.valid = sympy.And(*(term for term in terms if term not in mine))
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.rules import pointwise
+from kvpass.analysis.rules.contraction import einsum_names
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.analysis.table import RULES
 from kvpass.transforms.spell import JOINS, named
@@ -17,6 +18,9 @@ aten = torch.ops.aten
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default)
+SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
+"""Ops whose second argument is the shape of the result."""
+
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
@@ -36,6 +40,10 @@ def axis_of(node: fx.Node, axes: Mapping[fx.Node, int]) -> int | None:
         return _aligned(tensors, axes, rank)
     if target in (aten.matmul.default, aten.bmm.default):
         return _of_product(args[0], args[1], axes, rank)
+    if target is aten.outer.default:
+        return int(args[1] in axes) if len(set(args)) == 2 and len(axes) == 1 else None
+    if target is aten.einsum.default:
+        return _of_einsum(str(args[0]), list(args[1]), axes)
     if target is aten.baddbmm.default:
         return _of_biased(args[0], args[1], args[2], axes, rank)
     if target in JOINS:
@@ -76,6 +84,8 @@ def _moved(node: fx.Node, axis: int, rank: int) -> int | None:
     if target is aten.transpose.int:
         a, b = int(args[1]) % rank, int(args[2]) % rank
         return {a: b, b: a}.get(axis, axis)
+    if target in (aten.t.default, aten.mT.default):
+        return {rank - 2: rank - 1, rank - 1: rank - 2}.get(axis, axis) if rank > 1 else None
     if target is aten.permute.default:
         order: list[int] = list(args[1])
         return next(k for k, d in enumerate(order) if d % rank == axis)
@@ -119,6 +129,17 @@ def _of_product(left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank
     if axis < rank - 2:
         return axis if all(_fits(a, axes, rank - axis) for a in (left, right)) else None
     return None if axes.keys() >= {left, right} else axis
+
+
+def _of_einsum(equation: str, factors: list[fx.Node], axes: Mapping[fx.Node, int]) -> int | None:
+    """An axis of the result, which no factor has but those of rows, and these as the same letter."""
+    names, out = einsum_names(equation, [a.meta["val"].dim() for a in factors])
+    letters = {mine[axes[a]] for a, mine in zip(factors, names, strict=True) if a in axes}
+    letter = letters.pop()
+    if letters or letter not in out or len(set(factors)) < len(factors):
+        return None
+    own = [mine.count(letter) == (a in axes) for a, mine in zip(factors, names, strict=True)]
+    return out.index(letter) if all(own) else None
 
 
 def _of_biased(bias: fx.Node, left: fx.Node, right: fx.Node, axes: Mapping[fx.Node, int], rank: int) -> int | None:

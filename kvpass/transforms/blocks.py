@@ -16,13 +16,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.transforms.alike import axis_of
+from kvpass.transforms.alike import SIZED, axis_of
 from kvpass.transforms.spell import JOINS, SPLITS, call
 
 aten = torch.ops.aten
-_SIZED = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
-"""Ops whose second argument is the shape of the result."""
-
 Nodes: TypeAlias = tuple[fx.Node, ...]
 Twin: TypeAlias = tuple[fx.Node, int | None]
 """The value of all blocks, and the axis along which they stand; no axis where all have the same."""
@@ -129,13 +126,13 @@ class _Blocks:
         shapes = [[sym(size) for size in node.meta["val"].shape] for node in nodes]
         if [shape.pop(axis) for shape in shapes] != self.sizes or not _equal(shapes):
             return False
-        return nodes[0].target in _SIZED or _equal(map(_told_all, nodes))
+        return nodes[0].target in SIZED or _equal(map(_told_all, nodes))
 
 
 def _everywhere(node: fx.Node, axis: int) -> tuple[Any, ...] | None:
     """The arguments of an op on all blocks: where it is told a shape, with whatever size the axis has. None where two
     of the sizes are not known."""
-    if node.target not in _SIZED:
+    if node.target not in SIZED:
         return node.args
     x, told = arguments(node)
     sizes = [now if size == -1 else size for now, size in zip(node.meta["val"].shape, told, strict=True)]

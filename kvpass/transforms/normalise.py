@@ -21,6 +21,7 @@ from kvpass.transforms.differences import distributed
 from kvpass.transforms.experts import unsorted
 from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
+from kvpass.transforms.relative import looked_up
 from kvpass.transforms.sinks import separate
 from kvpass.transforms.spell import JOINS, SPLITS, call, replace
 from kvpass.transforms.streams import stacked
@@ -66,6 +67,7 @@ def normalise(captured: Captured) -> None:
     joined(graph)
     at_once(graph)
     in_order(graph)
+    looked_up(graph, captured.seq)
     unrolled(graph)
     respelled(captured)
     separate(graph)

@@ -21,8 +21,9 @@ from torch import fx
 
 from kvpass import errors
 from kvpass.analysis.expressions import implies
-from kvpass.analysis.facts import Atom, Fact, Kind, Prefix, index
+from kvpass.analysis.facts import Atom, Fact, Kind, Prefix, index, product
 from kvpass.analysis.sweep import Analyzed, Step, source_of
+from kvpass.analysis.table import OF_THE_ROW_BELOW
 
 aten = torch.ops.aten
 Demand = frozenset[int]  # the SEQ atoms of a value that are asked for all rows; the others for the new ones
@@ -41,6 +42,9 @@ HEAVY = (
     aten.embedding.default,
 )
 
+
+LEAST_WORK = 8
+"""Products of a number, up to which a row that depends on its place alone is computed anew in every call."""
 
 MOVES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default)
 UNITS = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
@@ -137,6 +141,8 @@ def plan(analyzed: Analyzed, lifts: frozenset[fx.Node] = frozenset()) -> Plan:
     free = _free_values(analyzed)
     sweep = _Sweep(analyzed, free)
     for node in _output_nodes(analyzed):
+        for refusal in _read_above(analyzed, node):
+            raise refusal
         sweep.ask(node, frozenset(analyzed.fact(node).wide))
     sweep.run()
     outputs = set(_output_nodes(analyzed))
@@ -156,10 +162,21 @@ def _output_nodes(analyzed: Analyzed) -> list[fx.Node]:
 def _free_values(analyzed: Analyzed) -> frozenset[fx.Node]:
     free = set()
     for node, step in analyzed.steps.items():
-        heavy = node.target in HEAVY and bool(step.fact.deps or step.fact.whole)
+        of_rows = bool(step.fact.deps or step.fact.whole) or _is_work(analyzed, node, step)
+        heavy = node.target in HEAVY and of_rows
         if not heavy and all(operand in free for operand in step.operands):
             free.add(node)
     return frozenset(free)
+
+
+def _is_work(analyzed: Analyzed, node: fx.Node, step: Step) -> bool:
+    """True of a row that no token enters and that is less to keep than to compute: a projection of positions."""
+    fact = step.fact
+    if not step.operands or not fact.index_only() or len(fact.wide) != 1 or any(_obstacles(analyzed, node, fact)):
+        return False
+    atoms = analyzed.fact(step.operands[0]).atoms
+    summed = product(tuple(a for a, link in zip(atoms, step.links[0], strict=True) if link is None))
+    return bool(summed.is_Integer and summed >= LEAST_WORK)
 
 
 class _Sweep:
@@ -323,8 +340,16 @@ def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors
     for refusal in _shape_obstacles(analyzed, fact):
         place = _origin(analyzed, node, type(refusal))
         yield refusal.at(place.name, source_of(place))
+    yield from _read_above(analyzed, node)
     if not fact.valid.free_symbols <= set().union(*(f.free_symbols for f in fact.valid.atoms(AppliedUndef)), set()):
         yield errors.EmptyRow(detail=f"rows are meaningful only where {fact.valid}").at(node.name, source_of(node))
+
+
+def _read_above(analyzed: Analyzed, node: fx.Node) -> Iterator[errors.Refusal]:
+    """That entries which are not the row's own are kept, or returned (`only_where`)."""
+    terms = sympy.And.make_args(analyzed.fact(node).valid)
+    if any(term is not sympy.true and not term.atoms(AppliedUndef) for term in terms):
+        yield errors.DependsOnFuture(detail=f"{node.target} {OF_THE_ROW_BELOW}").at(node.name, source_of(node))
 
 
 def _origin(analyzed: Analyzed, node: fx.Node, error: type[errors.Refusal]) -> fx.Node:

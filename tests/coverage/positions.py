@@ -336,20 +336,52 @@ class TransformerXl(Decoder):
 
 
 class RelativeShift(TransformerXl):
-    """The same, counted from the end, and the scores shifted by a view, which splits the rows: it is not proven."""
-
-    refused = "KV207"
+    """The same, counted from the end, and the scores shifted by a view, as Dai et al. wrote it."""
 
     def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
         q, k, v = self.project(x, layer)
-        b, s, _ = x.shape
+        s = x.shape[1]
         i, j = grid(x)
-        angle = torch.outer(torch.arange(s - 1, -1, -1.0), frequencies(100.0, SIZE))
-        places = self.of_places(torch.cat((angle.sin(), angle.cos()), -1)).view(s, HEADS, DEPTH)
-        shifted = torch.einsum("bhid,jhd->bhij", q + self.place, places)
-        shifted = nn.functional.pad(shifted, (1, 0)).view(b, HEADS, s + 1, s)[:, :, 1:].view(b, HEADS, s, s)
+        angle = torch.outer(self.distances(s), frequencies(100.0, SIZE))
+        places = self.of_places(torch.cat((angle.sin(), angle.cos()), -1)).view(-1, HEADS, DEPTH)
+        shifted = self.shift(torch.einsum("bhid,jhd->bhij", q + self.place, places))
         scores = (q + self.content) @ k.mT + shifted
         return self.merge((scores * DEPTH**-0.5).masked_fill(j > i, NEG_INF).softmax(-1) @ v, layer)
+
+    def distances(self, s: int) -> Tensor:
+        return torch.arange(s - 1, -1, -1.0)
+
+    def shift(self, x: Tensor) -> Tensor:
+        b, h, s, _ = x.shape
+        return nn.functional.pad(x, (1, 0)).view(b, h, s + 1, s)[:, :, 1:].view(b, h, s, s)
+
+
+class RelativeShiftOfBothSides(RelativeShift):
+    """With vectors for later keys as well, as Conformers have them; those scores are masked."""
+
+    def distances(self, s: int) -> Tensor:
+        return torch.arange(s - 1, -s, -1.0)
+
+    def shift(self, x: Tensor) -> Tensor:
+        b, h, s, n = x.shape
+        return nn.functional.pad(x, (1, 0)).view(b, h, n + 1, s)[:, :, 1:].view(b, h, s, n)[..., :s]
+
+
+class MusicTransformer(Decoder):
+    """A learned table, cut from its end (Huang et al.)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(MAX_ROWS, DEPTH))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        b, h, s, _ = q.shape
+        i, j = grid(x)
+        by_distance = q @ self.table[MAX_ROWS - s :].t()
+        by_distance = nn.functional.pad(by_distance, (1, 0)).reshape(b, h, s + 1, s)[:, :, 1:]
+        scores = (q @ k.mT + by_distance) * DEPTH**-0.5
+        return self.merge(scores.masked_fill(j > i, NEG_INF).softmax(-1) @ v, layer)
 
 
 class Deberta(Decoder):

@@ -14,6 +14,7 @@ from sympy.logic.boolalg import Boolean
 from kvpass.analysis import shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, number, simplify
 from kvpass.analysis.facts import NEGATIVE, Fill, Shift
+from kvpass.analysis.kept import only_where
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule, support_of
 
@@ -226,6 +227,17 @@ def _floored(op: Op, value: Any, floor: Any) -> tuple[Boolean, Fill | None]:
     if known is None or known[1] is Fill.ZERO or _constant_fill(op, floor) is not Fill.NEG:
         return sympy.true, None
     return known[0], Fill.NEG
+
+
+@rule(only_where)
+def kept(op: Op) -> Out:
+    """The first operand, of which no other entry may be read."""
+    parts, known, held = op.gather(), op.known(op.operands[0]), expression(op.args[1], op.scope)
+    assert held is not None, "what is kept is said in closed form"
+    if known is not None:
+        parts.support, parts.fill = known
+    parts.valid = sympy.And(parts.valid, boolean(held))
+    return _finish(op, parts, None)
 
 
 @rule(*_op(*_RELATIONAL))
