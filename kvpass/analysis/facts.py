@@ -99,6 +99,10 @@ def leaf_name(node: str) -> str:
     return f"v_{node}"
 
 
+HALF = (torch.float16, torch.bfloat16)
+MASKS = (Fill.NEG_INF, Fill.NEG)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Prefix:
     """The rows of a sequence below ``input + offset``; the input has a number for each sequence, or one for all."""
@@ -139,6 +143,7 @@ class Fact:
         rounded: its entries are the closed form but for rounding: nothing can be told of what they decide.
         support, fill: outside ``support`` an entry is ``fill``.
         low: a very negative entry is at most this.
+        large: other entries may be of that size as well, of either sign: they are made of such, or of large numbers.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
     """
 
@@ -159,6 +164,7 @@ class Fact:
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
     low: float = NEGATIVE
+    large: bool = False
     valid: Boolean = field(default=sympy.true)
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = Shift()

@@ -19,7 +19,7 @@ from torch import fx
 from kvpass import errors
 from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.expressions import LIMIT, Value, branches, chosen, constant, is_boolean, join
-from kvpass.analysis.facts import Cause, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.facts import HALF, NEGATIVE, Cause, Fact, Fill, Kind, Shift, index, leaf_name
 from kvpass.analysis.scope import Axes
 from kvpass.analysis.table import lowest, support_of
 
@@ -27,12 +27,14 @@ from kvpass.analysis.table import lowest, support_of
 def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     """A closed form says exactly what a value depends on; a bool or integer value without one becomes a leaf."""
     expr = _flagged(fact, axes)
+    bound = rounding.bound_of(fact.dtype)
     if expr is not None and (sympy.count_ops(expr) > LIMIT or not _exact(fact, expr, node, axes)):
+        bound = bound if isinstance(expr, AppliedUndef) else rounding.wrapped(fact.dtype)
         expr = None
     if expr is not None and fact.dtype.is_floating_point:
         expr = _as_held(expr, fact.dtype)
     fact = replace(fact, rounded=expr is not None and fact.dtype.is_floating_point and _rounds(fact, expr, axes))
-    axes.bounds[leaf_name(node.name)] = rounding.bound_of(fact.dtype)
+    axes.bounds[leaf_name(node.name)] = bound
     if expr is None:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=leaf_value(node, fact) if small else None)
@@ -40,7 +42,8 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
-    fact = replace(fact, support=support, fill=fill, low=lowest(expr), shift=shifts.of_form(expr, fact.atoms, axes.seq))
+    fact = replace(fact, support=support, fill=fill, low=lowest(expr), large=_is_large(expr, fill))
+    fact = replace(fact, shift=Shift() if fact.dtype in HALF else shifts.of_form(expr, fact.atoms, axes.seq))
     if expr.has(axes.seq):
         length = length or Cause(
             node.name, f"its closed form {expr} speaks of the number of rows", errors.DependsOnLength
@@ -85,6 +88,8 @@ def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
     dtype = fact.dtype
     if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)) and not _decided_by_flags(expr, axes):
         return False
+    if not (dtype.is_floating_point or dtype.is_complex or is_boolean(expr)) and not _is_whole(expr):
+        return False
     if dtype in (torch.int32, torch.int64) and not is_boolean(expr):
         return rounding.is_exact(expr, dtype, axes.bounds)
     if dtype in (torch.bool, torch.float32, torch.float64) or dtype.is_complex or is_boolean(expr):
@@ -93,6 +98,10 @@ def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
     if not all(value.is_number for value in values):
         return False
     return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
+
+
+def _is_whole(expr: Value) -> bool:
+    return all(value.is_integer for value, _ in branches(expr))
 
 
 def _decided_by_flags(expr: Value, axes: Axes) -> bool:
@@ -120,6 +129,12 @@ def _as_held(expr: Value, dtype: torch.dtype) -> Value:
     if is_boolean(expr) or rounded == [value for value, _ in parts]:
         return expr
     return join((value, condition) for value, (_, condition) in zip(rounded, parts, strict=True)) or expr
+
+
+def _is_large(expr: Value, fill: Fill | None) -> bool:
+    """True where numbers stand in a form that are as large as what masks are filled with, and are not known as that."""
+    values = [value for value, _ in branches(expr) if value.is_number and not is_boolean(expr)]
+    return any(abs(value) >= -NEGATIVE and Fill.of(value) not in (fill, Fill.NEG_INF) for value in values)
 
 
 def _rounds(fact: Fact, expr: Value, axes: Axes) -> bool:

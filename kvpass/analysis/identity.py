@@ -69,7 +69,7 @@ class _Hasher:
             parts = self.input(self.inputs[node.name])
         elif node.op == "get_attr":
             parts = ["constant", digest_of(attribute(self.analyzed.captured.module, str(node.target)))]
-        elif expr is not None and not self._is_leaf(node, expr):
+        elif expr is not None and not fact.rounded and not self._is_leaf(node, expr):
             parts = ["index", sympy.srepr(self.form(node, fact, expr))]
         else:
             skip = node.target in _SIZED

@@ -32,12 +32,17 @@ class _Range(NamedTuple):
     parts: int
 
 
-Bounds = Mapping[str, int]  # by leaf function
+Bounds = Mapping[str, int]  # by leaf function, and of numbers that the caller passes
 
 
 def bound_of(dtype: torch.dtype) -> int:
     """What the entries of a tensor that is data are at most: ids, counts and times are far from where integers wrap."""
     return _MOST.get(dtype, _MOST[torch.int64])
+
+
+def wrapped(dtype: torch.dtype) -> int:
+    """What the entries of a tensor are at most that may have wrapped."""
+    return 1 << _BITS.get(dtype, 63)
 
 
 _MOST = {
@@ -54,7 +59,7 @@ def is_exact(expr: Value, dtype: torch.dtype, bounds: Bounds) -> bool:
     """True where a dtype holds every branch of a closed form without rounding or wrapping, for up to `ROWS` rows."""
     if dtype not in _BITS:
         return False
-    return all(_fits(value, _BITS[dtype], bounds) for value, _ in branches(expr))
+    return all(_fits(value, _BITS[dtype], bounds, not dtype.is_floating_point) for value, _ in branches(expr))
 
 
 def is_decided(expr: Value, bounds: Bounds) -> bool:
@@ -69,7 +74,9 @@ def decides(node: torch.fx.Node) -> bool:
     return name in _DECIDE or bool(node.kwargs.get("rounding_mode"))
 
 
-def _fits(value: Value, bits: int, bounds: Bounds) -> bool:
+def _fits(value: Value, bits: int, bounds: Bounds, whole: bool = False) -> bool:
+    if whole and value.is_number:
+        return bool(-(1 << bits) <= value < 1 << bits)
     if not value.free_symbols and not value.atoms(AppliedUndef):
         return True  # a number is what the dtype has rounded it to
     found = _range(value, bounds)
@@ -80,7 +87,7 @@ def _range(value: Value, bounds: Bounds) -> _Range | None:
     if isinstance(value, AppliedUndef):
         return _Range(sympy.Integer(bounds.get(value.func.__name__, _MOST[torch.int64])), 1)
     if value.is_Symbol:
-        return _Range(sympy.Integer(ROWS), 1)
+        return _Range(sympy.Integer(bounds.get(value.name, ROWS)), 1)
     if value.is_Number:
         number = sympy.Rational(value) if value.is_finite else None
         return None if number is None else _Range(abs(number), int(number.q))

@@ -16,7 +16,22 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, substitute, tidy
-from kvpass.analysis.facts import NEGATIVE, ONE, ZERO, Atom, Cause, Expr, Fact, Fill, Kind, Prefix, Shift, index
+from kvpass.analysis.facts import (
+    HALF,
+    MASKS,
+    NEGATIVE,
+    ONE,
+    ZERO,
+    Atom,
+    Cause,
+    Expr,
+    Fact,
+    Fill,
+    Kind,
+    Prefix,
+    Shift,
+    index,
+)
 from kvpass.analysis.laws import Laws
 
 Label = int
@@ -40,7 +55,10 @@ class Operand:
 
 @dataclass
 class Parts:
-    """The properties of a result in the making, over labels."""
+    """The properties of a result in the making, over labels.
+
+    ``lowered``: an operand has very negative entries, which are ordinary ones of the result if it does not say so.
+    """
 
     deps: set[Label] = field(default_factory=set)
     whole: Cause | None = None
@@ -56,6 +74,8 @@ class Parts:
     support: Boolean = sympy.true
     fill: Fill | None = None
     low: float | None = None
+    large: bool = False
+    lowered: bool = False
     valid: Boolean = sympy.true
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = field(default_factory=Shift)
@@ -181,6 +201,8 @@ class Scope:
             parts.sequence = parts.sequence or fact.sequence
             parts.together = parts.together or fact.together
             parts.rounded = parts.rounded or fact.rounded
+            parts.large = parts.large or fact.large
+            parts.lowered = parts.lowered or fact.fill is Fill.NEG
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -394,9 +416,10 @@ class Scope:
             support=settle(parts.support),
             fill=parts.fill,
             low=NEGATIVE if parts.low is None else parts.low,
+            large=dtype.is_floating_point and (parts.large or (parts.lowered and parts.fill not in MASKS)),
             valid=settle(parts.valid),
             ahead=parts.ahead,
-            shift=self._shift_of(parts, place),
+            shift=Shift() if dtype in HALF else self._shift_of(parts, place),  # rounded in steps of the length
         )
         return fact, place
 

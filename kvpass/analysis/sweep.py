@@ -17,6 +17,7 @@ from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, FloorDiv, Max,
 
 import kvpass.analysis.rules  # noqa: F401  (fills the table)
 from kvpass import errors
+from kvpass.analysis import rounding
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import Value, constant
 from kvpass.analysis.facts import Atom, Expr, Fact, Fill, Kind, index, leaf_name
@@ -160,7 +161,8 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     """
     context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
     flags = {leaf_name(i.name): i.name for i in captured.inputs if i.entries is Entries.FLAGS}
-    axes = Axes(captured.seq, captured.batch, captured.lead, context=context, flags=flags)
+    bounds = dict.fromkeys(_numbers(captured), rounding.bound_of(torch.int64))
+    axes = Axes(captured.seq, captured.batch, captured.lead, context=context, flags=flags, bounds=bounds)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     repeats = Repeats()
@@ -172,6 +174,18 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps, repeats.kinds, frozenset(axes.taken))
+
+
+def _numbers(captured: Captured) -> set[str]:
+    """The symbols of numbers that the caller passes, which may be of any size; others are sizes."""
+    numbers, known = set[sympy.Symbol](), set[sympy.Symbol]()
+    for node in captured.module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            known |= set[sympy.Symbol]().union(*(sym(size).free_symbols for size in value.shape))
+        else:
+            numbers |= sym(value).free_symbols
+    return {symbol.name for symbol in numbers - known}
 
 
 def ancestry(*nodes: fx.Node) -> list[fx.Node]:

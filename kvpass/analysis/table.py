@@ -277,7 +277,7 @@ def _without(op: Op, parts: Parts, gone: list[Label]) -> tuple[Boolean, Fill | N
     return support, parts.fill
 
 
-def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolean, fill: Fill) -> None:
+def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolean, fill: Fill | None) -> None:
     """With a finite fill a row that keeps no key turns into a mean over all keys: require row i to keep its own.
 
     Where only the caller's data can empty the row (padding), such rows are marked meaningless instead.

@@ -97,7 +97,9 @@ def _unpadded(x: fx.Node, behind: int) -> tuple[fx.Node, int]:
     place = 2 * (behind - 1)
     before = amounts[place] if place < len(amounts) else 0
     others = [*amounts[:place], *amounts[place + 2 :]]
-    return (source, before) if isinstance(before, int) and not any(others) else (x, 0)
+    both = amounts[place : place + 2]  # rows that are taken away are no zeros for taps that reach them
+    cut = any(not isinstance(amount, int) or amount < 0 for amount in both)
+    return (x, 0) if cut or any(others) else (source, before)
 
 
 def _kept(node: fx.Node, length: Any) -> list[fx.Node]:

@@ -169,7 +169,7 @@ class _Sorted:
         """``x[order]``, ``x[order // each]``, ``weight[experts]``; and rows put back by ``y[inverse]``."""
         if node.target is aten.argsort.default and self.twins.get(arguments(node)[0]) == Place():
             self.inverse.add(node)
-            return True
+            return not named(node)["descending"]
         if node.target is not aten.index.Tensor or len(arguments(node)[1]) != 1:
             return False
         x, (index,) = arguments(node)

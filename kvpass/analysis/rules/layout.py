@@ -27,12 +27,13 @@ def _same(op: Op, dims: Dims, ghosts: list[Label] | None = None) -> Out:
     known = op.known(x)
     if known is not None:
         parts.support, parts.fill = known
-    parts.low = x.fact.low
+    parts.low, parts.lowered = x.fact.low, False
     return Out(dims, parts, x.ghosts if ghosts is None else ghosts)
 
 
 def _forget(out: Out) -> None:
     """Other entries than the operand's: what was known of those is not known of these."""
+    out.parts.lowered = out.parts.lowered or out.parts.fill is Fill.NEG
     out.parts.expr, out.parts.support, out.parts.fill, out.parts.shift = None, sympy.true, None, Shift()
 
 
@@ -214,7 +215,11 @@ def slice_(op: Op) -> Out:
     _counted_from_the_end(op, out, label, start)
     new = _sliced(op, x, label, start, after, step)
     out.parts.shift = out.parts.shift.renamed(label, new)
-    out.dims = [*x.dims[:axis], [new] if after != 1 or scope.atoms[new].kind is Kind.SEQ else [], *x.dims[axis + 1 :]]
+    if after == 1 and scope.atoms[new].kind is not Kind.SEQ:
+        _at_zero(op, [new])
+        out.dims = [*x.dims[:axis], [], *x.dims[axis + 1 :]]
+    else:
+        out.dims = [*x.dims[:axis], [new], *x.dims[axis + 1 :]]
     return out
 
 
@@ -233,6 +238,11 @@ def _counted_from_the_end(op: Op, out: Out, label: Label, start: Expr) -> None:
 def _start(op: Op, before: Expr, after: Expr) -> Expr:
     start = op.arg(2, "start") or 0
     start = sympy.sympify(start)
+    step, counted = op.arg(4, "step", 1), start.is_negative or start.is_nonnegative is None
+    if step != 1 and counted:
+        if not (before + start).is_number:
+            raise errors.UnsupportedShape(detail=f"a slice by steps of {step} from {start}")
+        return sympy.Max(before + start, 0) if start.is_negative else start
     if start.is_negative or (start.is_nonnegative is None and not start.has(op.scope.axes.seq)):
         return before - after if op.arg(3, "end") in (None, 9223372036854775807) else before + start
     return start

@@ -12,8 +12,8 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
 from kvpass.analysis import shifts
-from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, number, simplify
-from kvpass.analysis.facts import NEGATIVE, Fill, Shift
+from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, is_boolean, number, simplify
+from kvpass.analysis.facts import MASKS, NEGATIVE, Fill, Shift
 from kvpass.analysis.kept import only_where
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, rule, support_of
@@ -80,6 +80,12 @@ _OTHERS = (
 )  # fmt: skip
 
 
+_BOUNDED = (
+    "sigmoid", "tanh", "sin", "cos", "erf", "erfc", "sign", "sgn", "atan", "hardtanh", "hardsigmoid", "relu6", "frac",
+    "special_expit",
+)  # fmt: skip
+
+
 def _name(op: Op) -> str:
     target: Any = op.node.target
     return str(target.overloadpacket.__name__)
@@ -118,6 +124,8 @@ def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     parts.expr, parts.raw = expr, any(x.fact.raw for x in op.operands)
     if parts.low is None:
         parts.low = _lowest(op)
+    if _name(op) in _BOUNDED:
+        parts.large = parts.lowered = False
     return Out(dims, parts, ghosts)
 
 
@@ -133,7 +141,10 @@ def arithmetic(op: Op) -> Out:
     expr = None if values is None or op.dtypes[0] is torch.bool else apply(combine, *values)
     if name in ("add", "sub") and alpha == 1:
         parts.support, parts.fill = _sum_support(op)
-    elif name in ("mul", "multiply"):
+        parts.large, parts.lowered = _sum_is_large(op)
+    else:
+        parts.large = parts.large or any(_is_large(op, a) for a in op.args[:2])
+    if name in ("mul", "multiply"):
         parts.support, parts.fill, parts.low = _product_support(op, name)
     out = _finish(op, parts, expr)
     if name in ("add", "sub", "mul", "multiply") and not op.counts_rows() and _keeps_fills(op, parts):
@@ -156,6 +167,7 @@ def division(op: Op) -> Out:
     if values is not None and (mode == "floor" or (mode is None and not number(values[0]).has(sympy.S.Infinity))):
         expr = apply((lambda a, b: sympy.floor(a / b)) if mode == "floor" else (lambda a, b: a / b), *values)
     parts.support, parts.fill, parts.low = _product_support(op, "div")
+    parts.large = parts.large or _is_large(op, op.args[0]) or _is_large(op, op.args[1], inverse=True)
     return _finish(op, parts, None if expr is not None and expr.has(sympy.zoo, sympy.nan) else expr)
 
 
@@ -178,6 +190,21 @@ def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
     return sympy.true, None
 
 
+def _sum_is_large(op: Op) -> tuple[bool, bool]:
+    """Whether a term has large entries, and whether one has very negative ones, with its sign."""
+    large = lowered = False
+    for k, a in enumerate(op.args[:2]):
+        term = _term(op, k)
+        if isinstance(a, Operand) and term is None:
+            large = large or a.fact.large or (k == 1 and _name(op) == "sub" and a.fact.fill is Fill.NEG)
+            lowered = lowered or a.fact.fill is Fill.NEG
+        elif term is not None:
+            numbers = [val for val, _ in branches(number(term)) if val.is_number and abs(val) >= -NEGATIVE]
+            large = large or any(Fill.of(val) not in MASKS for val in numbers)
+            lowered = lowered or any(Fill.of(val) is Fill.NEG for val in numbers)
+    return large, lowered
+
+
 def _term(op: Op, k: int) -> Value | None:
     """The closed form of what is added, with its sign."""
     expr = expression(op.args[k], op.scope)
@@ -188,8 +215,17 @@ def _may_cancel(op: Op, k: int) -> bool:
     """True of a term in closed form that may be large enough to bring a very negative entry back, or others down."""
     expr, term = _term(op, k), op.args[k]
     if expr is None:  # scores and what is learnt are of ordinary size
-        return isinstance(term, Operand) and term.fact.raw and term.fact.fill not in (Fill.NEG, Fill.NEG_INF)
+        raw = isinstance(term, Operand) and term.fact.raw and term.fact.fill not in MASKS
+        return raw or (isinstance(term, Operand) and term.fact.large)
     return any(not val.is_number or (abs(val) > 1000 and Fill.of(val) is None) for val, _ in branches(expr))
+
+
+def _is_large(op: Op, number: Any, inverse: bool = False) -> bool:
+    """True of a number, or a tensor that holds one, that makes ordinary ones as large as what masks are filled with."""
+    expr = expression(number, op.scope)
+    if expr is None or is_boolean(expr) or not expr.is_number or not expr.is_extended_real:
+        return False
+    return bool(0 < abs(expr) <= -1 / NEGATIVE if inverse else abs(expr) >= -NEGATIVE)
 
 
 def _product_support(op: Op, name: str) -> tuple[Boolean, Fill | None, float]:
@@ -233,10 +269,9 @@ def _floored(op: Op, value: Any, floor: Any) -> tuple[Boolean, Fill | None]:
 def kept(op: Op) -> Out:
     """The first operand, of which no other entry may be read."""
     parts, known, held = op.gather(), op.known(op.operands[0]), expression(op.args[1], op.scope)
-    assert held is not None, "what is kept is said in closed form"
     if known is not None:
         parts.support, parts.fill = known
-    parts.valid = sympy.And(parts.valid, boolean(held))
+    parts.valid = sympy.And(parts.valid, sympy.false if held is None else boolean(held))
     return _finish(op, parts, None)
 
 
@@ -275,7 +310,7 @@ def keeps_zero(op: Op) -> Out:
     if known is not None and (known[1] is Fill.ZERO or (name in ("_to_copy", "to") and op.dtypes[0].is_floating_point)):
         parts.support, parts.fill = known
     if known is not None and name == "relu":
-        parts.support, parts.fill = known[0], Fill.ZERO
+        parts.support, parts.fill, parts.lowered = known[0], Fill.ZERO, False
     value = expression(op.args[0], op.scope)
     expr = None
     if value is not None and name in _ARITHMETIC:
@@ -301,9 +336,9 @@ def _cast(value: Value, dtype: torch.dtype) -> Value | None:
 def other(op: Op) -> Out:
     parts, name = op.gather(), _name(op)
     known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
-    steep = name != "softplus" or op.arg(1, "beta", 1) >= 1
+    steep = name != "softplus" or (op.arg(1, "beta", 1) >= 1 and op.arg(2, "threshold", 20) >= 0)
     if known is not None and steep and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
-        parts.support, parts.fill = known[0], Fill.ZERO
+        parts.support, parts.fill, parts.lowered = known[0], Fill.ZERO, False
     elif (known is not None and known[1] is Fill.ZERO and name in ("true_divide", "divide")) or (
         known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1])
     ):
@@ -410,6 +445,8 @@ def _choose(op: Op, cond: Value | None, yes: Any, no: Any) -> Out:
             # under its own condition each branch is itself, whatever the other one holds
             expr = apply(lambda c, x, y: x if c == 1 else y, number(cond), number(a), number(b))
     parts.support, parts.fill = _chosen_support(op, cond, yes, no)
+    parts.large = parts.large or any(_is_large(op, a) for a in (yes, no) if _constant_fill(op, a) not in MASKS)
+    parts.lowered = parts.lowered or any(_constant_fill(op, a) is Fill.NEG for a in (yes, no))
     out = _finish(op, parts, expr)
     kept = next((x for x in (yes, no) if isinstance(x, Operand) and _constant_fill(op, x) is None), None)
     if kept is not None and parts.fill in (Fill.NEG_INF, Fill.NEG) and _only_length(op, kept):

@@ -10,7 +10,7 @@ import torch
 from kvpass import errors
 from kvpass.analysis import laws, shifts
 from kvpass.analysis.expressions import number
-from kvpass.analysis.facts import Fill, leaf_name
+from kvpass.analysis.facts import MASKS, Fill, leaf_name
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
 from kvpass.analysis.table import (
     Op,
@@ -26,7 +26,6 @@ from kvpass.analysis.table import (
 )
 
 aten = torch.ops.aten
-_LOW = (Fill.NEG_INF, Fill.NEG)
 
 
 def _axes(op: Op, dims: Any) -> list[int]:
@@ -49,9 +48,12 @@ def _reduce(op: Op, dims: Any, keepdim: bool, ignores: tuple[Fill, ...], outputs
         known = op.known(x)
         if known is not None:
             parts.support, parts.fill = known
+        if known is not None and known[1] is Fill.NEG and x.fact.large:
+            known, parts.support, parts.fill = None, sympy.true, None
         if known is not None and known[1] in ignores:
             for j in row_labels(scope, gone):
                 keeps_a_key(op, parts, j, bounding_row(op, j, kept + ghosts, known[0]), *known)
+                parts.lowered = False
         fill = parts.fill if parts.fill in ignores else None
         reduce_over(op, parts, gone, kept + ghosts, ignores)
         parts.fill = fill if parts.fill is not None else None
@@ -99,12 +101,12 @@ def some(op: Op) -> Any:
 
 @rule(aten.amax.default, aten.logsumexp.default)
 def amax(op: Op) -> Any:
-    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), _LOW)
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), MASKS)
 
 
 @rule(aten.max.dim)
 def max_dim(op: Op) -> Any:
-    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), _LOW, outputs=2)
+    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), MASKS, outputs=2)
 
 
 @rule(aten.min.dim)
@@ -153,12 +155,19 @@ def softmax(op: Op) -> Out:
         parts.length = None
     rest = [label for label in x.labels if label not in labels]
     log = "log" in name_of(op.node)
-    if known is not None and known[1] in _LOW:
-        for j in row_labels(scope, labels):
-            keeps_a_key(op, parts, j, bounding_row(op, j, rest, known[0]), *known)
-    _mix(op, parts, labels, rest, known if known is not None and known[1] in _LOW else None)
-    if known is not None and known[1] in _LOW and parts.whole is None and (not log or known[1] is Fill.NEG_INF):
-        parts.support, parts.fill = known[0], Fill.NEG_INF if log else Fill.ZERO
+    support, fill = known if known is not None and known[1] in MASKS else (sympy.true, None)
+    if fill is Fill.NEG and x.fact.large:
+        support, fill = sympy.true, None
+    own: list[Label | None] = []
+    for j in row_labels(scope, labels) if fill is not None else ():
+        own.append(bounding_row(op, j, rest, support))
+        keeps_a_key(op, parts, j, own[-1], support, fill)
+    _mix(op, parts, labels, rest, None if fill is None else (support, fill))
+    # Where all entries are very negative none of them vanishes: each row has to have one that is not.
+    vanishes = fill is Fill.NEG_INF or (fill is Fill.NEG and not log and own and None not in own)
+    if vanishes and parts.whole is None:
+        parts.support, parts.fill = support, Fill.NEG_INF if log else Fill.ZERO
+    parts.large, parts.lowered = log and parts.large, log and parts.lowered
     return Out(x.dims, parts, x.ghosts)
 
 
@@ -166,7 +175,7 @@ def _mix(op: Op, parts: Any, labels: list[Label], rest: list[Label], known: Any)
     """Every entry along ``labels`` comes to depend on all of them that the support keeps."""
     support, fill = known if known is not None else (sympy.true, None)
     parts.support, parts.fill = support, fill
-    reduce_over(op, parts, [x for x in labels if op.scope.atoms[x].size != 1], rest, _LOW)
+    reduce_over(op, parts, [x for x in labels if op.scope.atoms[x].size != 1], rest, MASKS)
     op.operands[0].everything |= set(row_labels(op.scope, labels))
     op.scope.full |= set(row_labels(op.scope, labels))
     op.scope.differ(labels)
@@ -197,6 +206,7 @@ def _normalised(op: Op) -> tuple[Out, Out]:
     labels = [label for dim in x.dims[len(x.dims) - count :] for label in dim]
     rest = [label for label in x.labels if label not in labels]
     parts = op.gather()
+    parts.large = parts.lowered = False
     _mix(op, parts, labels, rest, None)
     outer: Dims = [*x.dims[: len(x.dims) - count], *([] for _ in range(count))]
     return Out(x.dims, parts, x.ghosts), Out(outer, parts, x.ghosts)
