@@ -170,7 +170,8 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
         try:
             step = _step(node, steps, captured, inputs, axes, repeats)
         except errors.Refusal as refusal:
-            raise refusal.at(node.name, source_of(node)) from None
+            place = next((other for other in steps if other.name == refusal.node), node)
+            raise refusal.at(node.name, source_of(place)) from None
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps, repeats.kinds, frozenset(axes.taken))

@@ -264,6 +264,8 @@ def reads_rows(op: Op, parts: Parts, labels: Iterable[Label], support: Boolean =
     rows = {symbol(label) for label in labels}
     mine = [term for term in terms if rows & term.free_symbols]
     if mine and not implies(scope.resolve(support), sympy.And(*mine)):
+        if parts.whole is not None:  # which comes first, and says more
+            raise parts.whole.error(node=parts.whole.node, detail=parts.whole.why)
         if any(not term.atoms(AppliedUndef) for term in mine):
             raise errors.DependsOnFuture(detail=f"{name_of(op.node)} {OF_THE_ROW_BELOW}")
         raise errors.EmptyRow(detail=f"{name_of(op.node)} reads rows whose own mask may have kept no key")
