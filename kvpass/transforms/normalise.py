@@ -37,6 +37,7 @@ _IDENTITIES = (
     aten.contiguous.default,
     aten.positive.default,
 )
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
@@ -89,6 +90,8 @@ def is_identity(node: fx.Node) -> bool:
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor):
         source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
+    if node.target in _PADS:
+        return all(sym(size.meta["val"] if isinstance(size, fx.Node) else size) == 0 for size in arguments(node)[1])
     return False
 
 

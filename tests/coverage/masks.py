@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tests.coverage.base import DEPTH, Decoder, grid
 from tests.coverage.positions import CountedPositions, left_padding
@@ -247,6 +247,14 @@ class StackedMask(Decoder):
         return torch.hstack([torch.zeros((rows, 0)), later]) == 0
 
 
+class PaddedByNothing(Decoder):
+    """The same by padding."""
+
+    def seen(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        i, j = grid(x)
+        return pad(j <= i, (x.shape[1] - j.shape[1], 0, 0, 0), value=True)
+
+
 class FilledMemory(Decoder):
     """A triangle that is made in memory in which nothing stands."""
 
@@ -306,7 +314,7 @@ class PaddedRowsRead(PaddedLeftFinite):
         return super().leave(x + self.before(x), ids, *more)
 
     def before(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return pad(x, (0, 0, 1, 0))[:, :-1]
 
 
 class PaddedRowsReadByTheLast(PaddedRowsRead):
@@ -435,6 +443,7 @@ MASKS = (
     PaddedByIntegers,
     WrittenEntry,
     StackedMask,
+    PaddedByNothing,
     FilledMemory,
     OtherNames,
     PassedForEachText,
