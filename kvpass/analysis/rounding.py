@@ -16,7 +16,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.functions.elementary.piecewise import Piecewise
 
-from kvpass.analysis.expressions import Value, branches
+from kvpass.analysis.expressions import Value, branches, number
 
 ROWS = 1 << 18  # rows of a text for which closed forms are to hold
 _BITS = {torch.float32: 24, torch.float64: 53, torch.int32: 31, torch.int64: 63}
@@ -53,6 +53,18 @@ _MOST = {
     torch.int32: 1 << 29,
     torch.int64: 1 << 53,
 }
+SMALL = (torch.uint8, torch.int8, torch.int16)  # each with a bound that no other dtype has
+
+
+def is_own(leaf: Value, dtype: torch.dtype, bounds: Bounds) -> bool:
+    """True of the entries of a tensor of small integers of this very dtype."""
+    return dtype in SMALL and bounds.get(leaf.func.__name__) == _MOST[dtype]
+
+
+def in_range(value: Value, dtype: torch.dtype) -> bool:
+    """True of a number that a dtype of small integers has."""
+    value, span = number(value), torch.iinfo(dtype)
+    return bool(value.is_number and span.min <= value <= span.max)
 
 
 def is_exact(expr: Value, dtype: torch.dtype, bounds: Bounds) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -11,7 +12,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
-from kvpass.analysis import shifts
+from kvpass.analysis import rounding, shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, is_boolean, number, simplify
 from kvpass.analysis.facts import MASKS, NEGATIVE, Fill, Shift
 from kvpass.analysis.kept import only_where
@@ -92,8 +93,22 @@ def _name(op: Op) -> str:
 
 
 def _values(op: Op, count: int) -> list[Value] | None:
-    values = [expression(_held(op, op.args[k]), op.scope) for k in range(min(count, len(op.args)))]
-    return None if any(v is None for v in values) else values
+    return _read(op, op.args[:count])
+
+
+def _read(op: Op, args: Sequence[Any]) -> list[Value] | None:
+    values = [expression(_held(op, arg), op.scope) for arg in args]
+    return None if any(v is None for v in values) or _wrapped(op, args, values) else values
+
+
+def _wrapped(op: Op, args: Sequence[Any], values: Sequence[Value]) -> bool:
+    """True where a number beside small integers may be another one to PyTorch: -1 beside bytes is 255."""
+    if any(x.fact.dtype.is_floating_point for x in op.operands) or any(isinstance(arg, float) for arg in args):
+        return False
+    tensors = [x for x in op.operands if x.dims] or op.operands
+    dtype = reduce(torch.promote_types, [x.fact.dtype for x in tensors])
+    others = [value for arg, value in zip(args, values, strict=True) if arg not in tensors]
+    return dtype in rounding.SMALL and not all(rounding.in_range(value, dtype) for value in others)
 
 
 def _lowest(op: Op) -> float:
@@ -404,15 +419,14 @@ def _positive(value: Any) -> bool:
 @rule(*_op("clamp", "clamp_min"))
 def clamp(op: Op) -> Out:
     low, high = op.arg(1, "min"), op.arg(2, "max")
-    value = expression(op.args[0], op.scope)
-    bounds = [expression(b, op.scope) for b in (low, high) if b is not None]
+    values = _read(op, [op.args[0], *(b for b in (low, high) if b is not None)])
     expr = None
-    if value is not None and all(b is not None for b in bounds):
-        expr = value
-        if low is not None and expr is not None:
-            expr = apply(sympy.Max, expr, bounds[0])
+    if values is not None:
+        expr = values[0]
+        if low is not None:
+            expr = apply(sympy.Max, expr, values[1])
         if high is not None and expr is not None:
-            expr = apply(sympy.Min, expr, bounds[-1])
+            expr = apply(sympy.Min, expr, values[-1])
     parts = op.gather()
     if low is not None and high is None:
         parts.support, parts.fill = _floored(op, op.args[0], low)
