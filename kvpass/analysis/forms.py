@@ -68,22 +68,33 @@ def _flagged(fact: Fact, axes: Axes) -> Value | None:
         return expr
     parts: list[tuple[Value, Boolean]] = []
     for value, condition in branches(expr):
-        leaves = sorted(value.atoms(AppliedUndef), key=str)
-        names = {leaf.func.__name__ for leaf in leaves}
-        options = list(chosen(value, leaves)) if len(leaves) <= 2 and names <= axes.flags.keys() else []
+        options = _options(value, axes)
         large = any(Fill.of(-abs(val)) in (Fill.NEG, Fill.NEG_INF) for val, _ in options if val.is_number)
         if not options or not (large or half) or not all(val.is_number for val, _ in options):
             parts.append((value, condition))
             continue
-        axes.taken.update(axes.flags[name] for name in names)
+        _take(value, axes)
         parts += [(val, sympy.And(condition, choice)) for val, choice in options]
     return join(parts)
+
+
+def _options(value: Value, axes: Axes) -> list[tuple[Value, Boolean]]:
+    """What a value of at most two flags may be, and when; nothing where it is of something else."""
+    leaves = sorted(value.atoms(AppliedUndef), key=str)
+    names = {leaf.func.__name__ for leaf in leaves}
+    return list(chosen(value, leaves)) if len(leaves) <= 2 and names <= axes.flags.keys() else []
+
+
+def _take(value: Value, axes: Axes) -> None:
+    """Note that flags in a value are taken for flags."""
+    axes.taken.update(axes.flags[leaf.func.__name__] for leaf in value.atoms(AppliedUndef))
 
 
 def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
     """True where the dtype holds the closed form without wrapping, and nothing was decided by a number that is rounded.
 
-    Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay.
+    Half precision is exact to 256 or 2,048 and a byte to 255: there only constants chosen by a condition stay, and in
+    bytes what they hold as data.
     """
     dtype = fact.dtype
     if fact.rounded and (not dtype.is_floating_point or rounding.decides(node)) and not _decided_by_flags(expr, axes):
@@ -95,9 +106,20 @@ def _exact(fact: Fact, expr: Value, node: fx.Node, axes: Axes) -> bool:
     if dtype in (torch.bool, torch.float32, torch.float64) or dtype.is_complex or is_boolean(expr):
         return True
     values = [value for value, _ in branches(expr)]
-    if not all(value.is_number for value in values):
+    if dtype.is_floating_point:
+        return all(value.is_number for value in values)
+    return all(_in_small(value, dtype, axes) for value in values)
+
+
+def _in_small(value: Value, dtype: torch.dtype, axes: Axes) -> bool:
+    """True where a small integer is this value: an entry of such a tensor, or numbers for all choices of flags."""
+    if isinstance(value, AppliedUndef) and rounding.is_own(value, dtype, axes.bounds):
+        return True
+    options = _options(value, axes)
+    if not options or not all(rounding.in_range(val, dtype) for val, _ in options):
         return False
-    return dtype.is_floating_point or all(torch.iinfo(dtype).min <= v <= torch.iinfo(dtype).max for v in values)
+    _take(value, axes)
+    return True
 
 
 def _is_whole(expr: Value) -> bool:
@@ -111,7 +133,7 @@ def _decided_by_flags(expr: Value, axes: Axes) -> bool:
         return False
     if not rounding.is_decided(expr, dict.fromkeys(names, 1)):
         return False
-    axes.taken.update(axes.flags[name] for name in names)
+    _take(expr, axes)
     return True
 
 

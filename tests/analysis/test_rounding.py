@@ -11,6 +11,7 @@ import kvpass
 from kvpass.analysis.rounding import bound_of, is_exact
 from kvpass.frontend.api import recording
 from tests.adversarial.base import Model
+from tests.analysis.tools import BATCH, ROWS, analysis_of
 
 ROW, KEY = sympy.symbols("x0 x1", integer=True, nonnegative=True)
 LEAF = sympy.Function("leaf")(ROW)
@@ -44,6 +45,21 @@ def test_a_float_does_not_hold_every_integer() -> None:
     assert not is_exact(LEAF, torch.float32, {"leaf": bound_of(torch.int64)})
     assert not is_exact(LEAF, torch.int32, {"leaf": bound_of(torch.int64)})
     assert is_exact(LEAF - 1, torch.int32, {"leaf": bound_of(torch.int32)})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("most", [1, 2])
+def test_flags_of_any_integers_are_a_mask(dtype: torch.dtype, most: int) -> None:
+    """Of other integers ``1 - keep`` may be of any size, and what is hidden comes back."""
+
+    def weights(x: Tensor, keep: Tensor) -> Tensor:
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return ((x @ x.mT).masked_fill(later, -1e9) + (1 - keep[:, None]) * -1e9).softmax(-1)
+
+    keep = most * (torch.arange(ROWS) >= torch.arange(BATCH)[:, None])
+    found = analysis_of(weights, torch.ones(BATCH, ROWS, 4), keep.to(dtype))
+    assert (found.fact(found.outputs[0]).whole is None) == (most == 1)
+    assert len(found.taken) == (most == 1)
 
 
 def seconds(i: Tensor, j: Tensor) -> Tensor:
