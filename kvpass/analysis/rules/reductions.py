@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis import laws, shifts
-from kvpass.analysis.expressions import number
+from kvpass.analysis.expressions import boolean, implies, number, substitute
 from kvpass.analysis.facts import MASKS, Fill, leaf_name
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
 from kvpass.analysis.table import (
@@ -22,6 +25,7 @@ from kvpass.analysis.table import (
     reads_rows,
     reduce_over,
     row_labels,
+    row_of,
     rule,
 )
 
@@ -89,14 +93,40 @@ def amin(op: Op) -> Any:
     return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
 
 
-@rule(aten.all.dim, aten.all.default, aten.any.dims)
+@rule(aten.all.dim, aten.all.default)
 def every(op: Op) -> Any:
-    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
+    return _told_by_its_own(op, sympy.false) or _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), ())
 
 
-@rule(aten.any.dim, aten.any.default)
+@rule(aten.any.dim, aten.any.default, aten.any.dims)
 def some(op: Op) -> Any:
-    return _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), (Fill.ZERO,))
+    told = _told_by_its_own(op, sympy.true)
+    return told or _reduce(op, op.arg(1, "dim"), bool(op.arg(2, "keepdim", False)), (Fill.ZERO,))
+
+
+def _told_by_its_own(op: Op, one: Boolean) -> Out | None:
+    """Of entries that are ``one`` where a row meets itself at least one is, whatever the others are."""
+    x, axes = op.operands[0], _axes(op, op.arg(1, "dim"))
+    value, gone = expression(x, op.scope), [label for d in axes for label in x.dims[d]]
+    if value is None:
+        return None
+    entry = boolean(value) if one == sympy.true else sympy.Not(boolean(value))
+    if not any(implies(sympy.true, own) for own in _where_a_row_meets_itself(op, entry, gone)):
+        return None
+    keepdim = bool(op.arg(2, "keepdim", False))
+    dims = [[] if d in axes else dim for d, dim in enumerate(x.dims) if keepdim or d not in axes]
+    return Out(dims, Parts(expr=one if op.dtypes[0] is torch.bool else number(one)))
+
+
+def _where_a_row_meets_itself(op: Op, entry: Boolean, gone: list[Label]) -> Iterator[Boolean]:
+    """A condition on entries ``i`` and ``j`` of one row, where a reduced axis has an entry ``j`` for each ``i``."""
+    scope = op.scope
+    for j, i in itertools.product(row_labels(scope, gone), row_labels(scope, op.operands[0].labels)):
+        before = scope.atoms[i].start - scope.atoms[j].start
+        behind = scope.atoms[j].size - scope.atoms[i].size - before
+        there = i not in gone or scope.atoms[i].size.is_positive
+        if i != j and there and sympy.expand(before).is_nonnegative and sympy.expand(behind).is_nonnegative:
+            yield substitute(entry, {symbol(j): row_of(scope, i) - scope.atoms[j].start})
 
 
 @rule(aten.amax.default, aten.logsumexp.default)
