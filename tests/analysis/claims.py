@@ -134,7 +134,7 @@ def _sequences(captured: Captured) -> list[tuple[Any, int]]:
 
 
 def _content(values: Values, fact: Fact, tensor: Tensor) -> Iterator[str]:
-    """Shape, dtype, closed form and fill."""
+    """Shape, dtype, closed form, fill, and entries that are repeated."""
     shape = [values.number(s) for s in fact.shape()]
     if shape != list(tensor.shape) or fact.dtype is not tensor.dtype:
         yield f"shape {shape} {fact.dtype} is claimed for {list(tensor.shape)} {tensor.dtype}"
@@ -146,6 +146,10 @@ def _content(values: Values, fact: Fact, tensor: Tensor) -> Iterator[str]:
         outside = ~values.closed(fact, fact.support).bool() & kept
         if not _filled(entries[outside], fact.fill):
             yield f"{fact.fill.value} outside {fact.support}"
+    repeated = [k for k, atom in enumerate(fact.atoms) if atom.bcast and atom.kind is not Kind.SEQ]
+    for k in repeated if fact.random is None else ():
+        if not _same(entries, entries.narrow(k, 0, 1).expand(entries.shape))[kept].all():
+            yield f"entries that are alike along atom {k} of {fact}"
 
 
 def _filled(entries: Tensor, fill: Fill) -> bool:

@@ -123,6 +123,7 @@ LAYOUT: dict[str, Case] = {
     "index_select": Case(lambda e: aten.index_select.default(e.x, 2, e.i[:2]), "row"),
     "index_select_rows": Case(lambda e: aten.index_select.default(e.x, 1, e.i), "whole", ideal="row"),
     "gather_features": Case(lambda e: e.x.gather(2, e.ids[:, :, None].clamp(max=3)), "row"),
+    "gather_a_part": Case(lambda e: e.table.gather(1, torch.zeros(5, 1, dtype=torch.long)) + 0.0, "index"),
     "gather_rows": Case(lambda e: e.x.gather(1, e.ids[:, :, None].expand(-1, -1, 4)), "whole"),
     "gather_batch": Case(lambda e: e.x.gather(0, e.ids[:, :, None].clamp(max=1)), "batch"),
     "scatter_features": Case(lambda e: e.x.scatter(2, e.ids[:, :, None].clamp(max=3), e.y[..., :1]), "row"),

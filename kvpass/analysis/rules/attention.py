@@ -61,6 +61,7 @@ def _lead(op: Op, q: Operand, k: Operand, v: Operand) -> tuple[list[list[Label]]
         present = [(x, x.dims[axis]) for x in (q, k, v) if len(x.dims) >= -axis]
         if grouped and axis == -3:
             present = [(q, q.dims[axis])]
+            scope.differ(label for label in q.dims[axis] if scope.atoms[label].kind is Kind.FREE)
         dims.append(scope.broadcast_axis(present, ghosts))
     return dims, ghosts
 

@@ -84,6 +84,7 @@ def gather(op: Op) -> Out:
             if k != axis:
                 for label in x.dims[k]:
                     _lose(op, parts, label, x)
+                op.scope.differ(mine)
             dims.append(list(mine))
         else:
             dims.append(op.scope.pair(list(mine), x.dims[k], [ids], x))
