@@ -19,7 +19,7 @@ from torch import fx
 from kvpass import errors
 from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.expressions import LIMIT, Value, branches, chosen, constant, is_boolean, join
-from kvpass.analysis.facts import HALF, NEGATIVE, Cause, Fact, Fill, Kind, Shift, index, leaf_name
+from kvpass.analysis.facts import HALF, NEGATIVE, Atom, Cause, Fact, Fill, Kind, Shift, index, leaf_name
 from kvpass.analysis.scope import Axes
 from kvpass.analysis.table import lowest, support_of
 
@@ -39,6 +39,7 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
         small = not fact.dtype.is_floating_point and not fact.dtype.is_complex and len(fact.atoms) <= 5
         return replace(fact, expr=leaf_value(node, fact) if small else None)
     expr = laws.apply(expr, axes.laws)
+    fact = fact if fact.rounded else replace(fact, dims=_repeated(fact, expr))
     fact = replace(fact, batch=fact.batch or _place_in_batch(fact, expr, node))
     length = fact.length
     support, fill = support_of(expr) or (sympy.true, None)
@@ -56,6 +57,16 @@ def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
     if expr.atoms(AppliedUndef):
         return replace(fact, expr=expr, length=length)
     return replace(fact, expr=expr, length=length, deps=frozenset(), whole=None, ahead=frozenset())
+
+
+def _repeated(fact: Fact, expr: Value) -> tuple[tuple[Atom, ...], ...]:
+    """The axes: an atom of which the closed form does not speak repeats one entry."""
+    spoken = {k for k in range(fact.real) if expr.has(index(k))}
+
+    def atom(k: int, atom: Atom) -> Atom:
+        return replace(atom, bcast=True) if atom.kind is Kind.FREE and k not in spoken else atom
+
+    return tuple(tuple(map(atom, fact.flat(d), dim)) for d, dim in enumerate(fact.dims))
 
 
 def _flagged(fact: Fact, axes: Axes) -> Value | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvpass import errors
 from kvpass.analysis.facts import Kind
@@ -102,6 +103,19 @@ def test_every_rule_is_exercised_or_excused() -> None:
 def test_roll_of_one_text(axes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     found = analysis_of(lambda x: x.roll(*axes), draw(1)[0])
     assert kind(found) in ("whole", "refused")
+
+
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_mask_that_is_looked_up_for_each_text(factor: int) -> None:
+    """Of a batch of two, an axis of two entries that are alike meets the batch."""
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        text, j = torch.arange(2)[:, None, None, None], torch.arange(x.shape[1])
+        seen = torch.ones(*x.shape[:2], dtype=torch.bool)[text, j] & (j <= j[:, None])
+        mask = torch.where(seen, 0.0, -1e9) + (j - factor * text).sin()
+        return scaled_dot_product_attention(*[x.float()[:, None]] * 3, attn_mask=mask)
+
+    assert kind(analysis_of(attend, draw(2)[0])) == ("batch" if factor else "row")
 
 
 # -- the checker itself ---------------------------------------------------------------------------------------------
