@@ -185,8 +185,14 @@ def test_tokens_as_they_come(model: Any, fast: Any) -> None:
         {"min_p": -0.1},
         {"repetition_penalty": 0},
         {"max_new_tokens": -1},
+        {"max_new_tokens": 2.5},
+        {"seed": 0.5},
+        {"eos_token_id": "end"},
+        {"logits_processor": [3]},
+        {"streamer": object()},
         {"draft": "lookahead"},
         {"draft": "prompt-lookup", "k": 0},
+        {"draft": "prompt-lookup", "k": 1.5},
     ],
     ids=str,
 )
@@ -195,9 +201,35 @@ def test_what_is_out_of_range_is_named(fast: Any, options: dict[str, Any]) -> No
         kvpass.generate(fast, prompt(5), **{"max_new_tokens": 2, **options})
 
 
-def test_a_prompt_without_tokens(fast: Any) -> None:
-    with pytest.raises(kvpass.errors.InputError, match="at least one token"):
-        kvpass.generate(fast, torch.zeros(1, 0, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
+        (torch.zeros(0, 4, dtype=torch.long), "no prompt"),
+        (torch.zeros(1, 4), "whole numbers"),
+        ([], "at least one token"),
+        ([[3, 4], ["a"]], "whole numbers"),
+        ("abc", "whole numbers"),
+        (None, "whole numbers"),
+    ],
+    ids=repr,
+)
+def test_prompts_that_are_none(fast: Any, ids: Any, sentence: str) -> None:
+    with pytest.raises(kvpass.errors.InputError, match=sentence):
+        kvpass.generate(fast, ids)
+
+
+def test_a_number_may_stand_in_a_tensor_and_a_processor_by_itself(fast: Any) -> None:
+    def low(ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.arange(30), -torch.inf)
+
+    ids, options = prompt(9), {"do_sample": True, "details": True}
+    made = kvpass.generate(fast, ids, 10, seed=3, logits_processor=[low], **options).tokens[0]
+    end = torch.tensor(made[4])
+    found = kvpass.generate(
+        fast, ids, torch.tensor(10), seed=torch.tensor(3), logits_processor=low, eos_token_id=end, **options
+    )
+    assert found.tokens == [made[: made.index(int(end)) + 1]]
 
 
 class Plain(nn.Module):
@@ -288,9 +320,11 @@ def test_a_session_goes_on_back_and_apart(model: Any, fast: Any) -> None:
         with pytest.raises(kvpass.errors.InputError, match="at least one stays"):
             session.rewind(10)
         with pytest.raises(kvpass.errors.InputError, match="cannot follow"):
-            session.extend(torch.zeros(2, 1))
-    with pytest.raises(kvpass.errors.InputError, match="closed"):
-        session.extend(1)
+            session.extend(torch.zeros(2, 1, dtype=torch.long))
+        session.close()
+    for use in (lambda: session.extend(1), lambda: session.length, lambda: session.ids, lambda: session.fork(2)):
+        with pytest.raises(kvpass.errors.InputError, match="closed"):
+            use()
 
 
 @torch.no_grad()
@@ -510,7 +544,79 @@ def test_what_a_session_says_is_the_callers(model: Any, fast: Any) -> None:
         torch.testing.assert_close(session.fork(2).logits, kept.repeat_interleave(2, 0))
 
 
-@pytest.mark.parametrize("rows", [[], torch.tensor([False, True]), torch.tensor([[0, 1]]), [0.0]], ids=repr)
+@pytest.mark.parametrize(
+    "rows", [[], torch.tensor([False, True]), torch.tensor([[0, 1]]), [0.0], [2], [-1], None], ids=repr
+)
 def test_texts_are_chosen_by_numbers(fast: Any, rows: Any) -> None:
-    with kvpass.open(fast, prompt(9, batch=2)) as session, pytest.raises(kvpass.errors.InputError, match="numbers"):
+    with kvpass.open(fast, prompt(9, batch=2)) as session, pytest.raises(kvpass.errors.InputError, match="number"):
         session.reorder(rows)
+
+
+def test_what_is_no_whole_number_is_named(fast: Any) -> None:
+    with pytest.raises(kvpass.errors.InputError, match="whole numbers"):
+        kvpass.open(fast, [2.7, 3.0])
+    with kvpass.open(fast, prompt(9)) as session:
+        for tokens in (2.7, [2.0], "a", None, True):
+            with pytest.raises(kvpass.errors.InputError, match="whole numbers"):
+                session.extend(tokens)
+        for copies in (0, -1, 1.5):
+            with pytest.raises(kvpass.errors.InputError, match="k must be"):
+                session.fork(copies)  # type: ignore[arg-type]
+        with pytest.raises(kvpass.errors.InputError, match="rows must be"):
+            session.rewind(1.5)  # type: ignore[arg-type]
+        assert session.length == 9
+
+
+class Masked(Plain):
+    """A padding mask ``[B, S]``, and a bias that all rows share."""
+
+    def forward(self, ids: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = self.embed(ids) if bias is None else self.embed(ids) + bias
+        i = torch.arange(ids.shape[1])
+        seen = ((i <= i[:, None]) & mask[:, None].bool()) | (i == i[:, None])
+        return self.head(x + nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=seen)) * 5
+
+
+@pytest.fixture
+def masked() -> tuple[Any, Any]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = Masked().eval()
+    return plain, kvpass.compile(plain, cache=kvpass.Cache("16MiB"), tiers="eager")
+
+
+def padding(rows: int) -> Tensor:
+    return (torch.arange(rows) >= torch.tensor([[0], [2]])).long()
+
+
+@torch.no_grad()
+def test_arguments_that_have_grown_are_cut_with_the_text(masked: tuple[Any, Any]) -> None:
+    plain, fast = masked
+    bias = torch.randn(16)
+    session = kvpass.open(fast, prompt(6, batch=2), mask=padding(6), bias=bias)
+    session.extend([3, 4, 5], mask=padding(9))
+    session.rewind(1)
+    torch.testing.assert_close(session.logits[:, -1], plain(session.ids, padding(8), bias)[:, -1])
+    session.rewind(4)
+    many = session.fork(2)
+    many.extend(7, mask=padding(5).repeat_interleave(2, 0))
+    many.rewind(2)
+    expected = plain(many.ids, padding(3).repeat_interleave(2, 0), bias)
+    torch.testing.assert_close(many.logits[:, -1], expected[:, -1])
+
+
+@torch.no_grad()
+def test_arguments_that_may_have_an_entry_for_each_row_are_asked_for(masked: tuple[Any, Any]) -> None:
+    plain, fast = masked
+    session = kvpass.open(fast, prompt(16, batch=2), mask=padding(16), bias=torch.zeros(16))
+    with pytest.raises(kvpass.errors.InputError, match=r"say rewind\(2, mask="):
+        session.rewind(2)
+    with pytest.raises(kvpass.errors.InputError, match=r"say rewind\(2, bias="):
+        session.rewind(2, mask=padding(14))
+    session.rewind(2, mask=padding(14), bias=torch.ones(16))
+    torch.testing.assert_close(session.logits[:, -1], plain(session.ids, padding(14), torch.ones(16))[:, -1])
+    session.rewind(1)
+    session.extend(3, mask=1 - padding(14))
+    with pytest.raises(kvpass.errors.InputError, match=r"say rewind\(1, mask="):  # its earlier entries are others
+        session.rewind(1)
+    assert session.length == 14

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpass import errors
-from kvpass.generation.arguments import Arguments
+from kvpass.generation.arguments import Arguments, integer, integers
 from kvpass.generation.sampling import Processor, Sampling, generators, stops
 from kvpass.generation.session import Session, compiled, quiet, takes
 from kvpass.generation.speculate import Draft, accept, draft_of
@@ -62,9 +62,8 @@ class _Loop:
         kwargs: dict[str, Any],
         per_text: Collection[str] | None,
     ) -> None:
-        if count < 0:
-            raise errors.InputError(f"max_new_tokens must be at least 0, but it is {count}")
-        self.model, self.count, self.sampling, self.ends = model, count, sampling, set(ends)
+        self.count = integer(count, "max_new_tokens", 0)
+        self.model, self.sampling, self.ends = model, sampling, set(ends)
         self.forward, self.stops = compiled(model), stops(stop)
         self.given = Arguments.of({**quiet(model), **kwargs}, len(prompts), per_text)
         self.texts = [
@@ -137,21 +136,35 @@ def _prompts(given: Any, mask: Any) -> list[Tensor]:
         InputError: there is none, or one has no token.
     """
     if isinstance(given, Tensor):
-        rows = list(given.reshape(1, -1) if given.dim() < 2 else given)
+        rows = list(integers(given.reshape(1, -1) if given.dim() < 2 else given, "tokens"))
     elif isinstance(given, (list, tuple)) and given and not isinstance(given[0], int):
-        rows = [torch.as_tensor(row) for row in given]
+        rows = [integers(row, "tokens") for row in given]
     else:
-        rows = [torch.as_tensor(given)]
+        rows = [integers(given, "tokens")]
     if mask is not None:
         rows = [row[keep.bool()] for row, keep in zip(rows, torch.as_tensor(mask).reshape(len(rows), -1), strict=True)]
+    if not rows:
+        raise errors.InputError("there is no prompt to continue")
     for row in rows:
-        if row.dim() != 1 or not row.numel() or row.dtype.is_floating_point:
+        if row.dim() != 1 or not row.numel():
             raise errors.InputError(f"a prompt is a row of at least one token, not {row.dtype}{tuple(row.shape)}")
     return [row.long() for row in rows]
 
 
-def _ends(given: int | Sequence[int] | None) -> list[int]:
-    return [] if given is None else [given] if isinstance(given, int) else list(given)
+def _ends(given: Any) -> list[int]:
+    return [] if given is None else integers(given, "end tokens").reshape(-1).tolist()
+
+
+def _processors(given: Any) -> tuple[Processor, ...]:
+    several = tuple(given) if isinstance(given, Iterable) else (given,)
+    for one in several:
+        if not callable(one):
+            raise errors.InputError(f"logits_processor is a function of ids and scores, or several, not {one!r}")
+    return several
+
+
+def _is_streamer(given: Any) -> bool:
+    return callable(getattr(given, "put", None)) and callable(getattr(given, "end", None))
 
 
 def generate(
@@ -165,12 +178,12 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
     pad_token_id: int | None = None,
     stop: Any = None,
     seed: int | None = None,
     streamer: Any = None,
-    logits_processor: Sequence[Processor] = (),
+    logits_processor: Processor | Iterable[Processor] = (),
     attention_mask: Tensor | None = None,
     draft: Any = None,
     k: int = 4,
@@ -191,7 +204,7 @@ def generate(
         stop: a function of the new tokens, or lists of tokens, any of which ends a text.
         seed: reproduces a call; texts differ by their place in the batch.
         streamer: gets the prompt, then each token (`put`, `end`), as transformers' do; for one prompt.
-        logits_processor: functions of ids ``[1, T]`` and scores ``[1, V]``; transformers' are.
+        logits_processor: a function of ids ``[1, T]`` and scores ``[1, V]``, or several; transformers' are.
         attention_mask: ``[B, T]``, zero where ``input_ids`` is padded; padding is cut off.
         draft: a smaller model, or "prompt-lookup": proposes ``k`` tokens at a time.
         details: return a `Generation` instead.
@@ -205,6 +218,8 @@ def generate(
     Raises:
         InputError: an argument is out of its range, or there is nothing to continue.
     """
+    if streamer is not None and not _is_streamer(streamer):
+        raise errors.InputError(f"a streamer has methods put and end, not {streamer!r}")
     loop, tokens = _begun(
         model, input_ids, max_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, eos_token_id=eos_token_id, stop=stop, seed=seed,
@@ -250,7 +265,7 @@ def _begun(
     eos_token_id: Any = None,
     stop: Any = None,
     seed: int | None = None,
-    logits_processor: Sequence[Processor] = (),
+    logits_processor: Any = (),
     attention_mask: Any = None,
     draft: Any = None,
     k: int = 4,
@@ -259,14 +274,13 @@ def _begun(
 ) -> tuple[_Loop, Iterator[tuple[int, int]]]:
     """A loop, and the number of a prompt with its next token, as they come."""
     chosen = {f.name: options.pop(f.name) for f in fields(Sampling) if f.name in options}
-    sampling = Sampling(**chosen, processors=tuple(logits_processor))
+    sampling = Sampling(**chosen, processors=_processors(logits_processor))
     prompts = _prompts(input_ids, attention_mask)
-    loop = _Loop(model, prompts, count, sampling, _ends(eos_token_id), stop, seed, options, per_text)
+    first = None if seed is None else integer(seed, "seed")
+    loop = _Loop(model, prompts, count, sampling, _ends(eos_token_id), stop, first, options, per_text)
     if draft is None:
         return loop, loop.run()
-    if k < 1:
-        raise errors.InputError(f"k must be at least 1, but it is {k}")
-    return loop, loop.speculate(draft_of(draft), k)
+    return loop, loop.speculate(draft_of(draft), integer(k, "k", 1))
 
 
 def _only(loop: _Loop, who: str) -> Tensor:

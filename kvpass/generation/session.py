@@ -16,20 +16,26 @@ from torch import Tensor, nn
 
 from kvpass import errors
 from kvpass.frontend.api import mark_growing
-from kvpass.generation.arguments import Arguments
+from kvpass.generation.arguments import Arguments, integer, integers
 
 
 class Session:
     """One or more texts of one length. `open` makes it; use it in a ``with`` block or call `close`.
 
-    Attributes:
-        ids: ``[B, T]``, all tokens so far.
+    A session that is closed raises `InputError` when it is used.
     """
 
     def __init__(self, forward: Callable[..., Any], ids: Tensor, name: str | None, given: Arguments) -> None:
         self._forward, self._name, self._given = forward, name, given
-        self.ids = ids
+        self._ids: Tensor | None = ids
         self._said: Tensor | None = self._logits(ids, given)
+
+    @property
+    def ids(self) -> Tensor:
+        """``[B, T]``, all tokens so far."""
+        if self._ids is None:
+            raise errors.InputError("this session is closed")
+        return self._ids
 
     @property
     def logits(self) -> Tensor:
@@ -38,7 +44,7 @@ class Session:
 
     def held(self) -> Tensor:
         """The same, and the session's own: not to be written into."""
-        ids = self._open_ids()
+        ids = self.ids
         if self._said is None:
             self._said = self._logits(ids, self._given)
         return self._said
@@ -59,67 +65,67 @@ class Session:
             Logits ``[B, N, V]`` of the new rows; fewer, where the model returns only its last ones.
 
         Raises:
-            InputError: the session is closed, or there is no new row.
+            InputError: there is no new row, or what it is given are no whole numbers.
         """
-        held = self._open_ids()
-        new = _texts(torch.as_tensor(ids, dtype=held.dtype, device=held.device))
+        held = self.ids
+        new = _texts(integers(ids, "tokens").to(held.device, held.dtype))
         if new.shape[0] not in (1, held.shape[0]) or not new.shape[1]:
             raise errors.InputError(f"tokens of shape {tuple(new.shape)} cannot follow {held.shape[0]} texts")
         longer = torch.cat([held, new.expand(held.shape[0], -1)], dim=1)
-        given = self._given.replaced(kwargs)
+        given = self._given.replaced(kwargs, longer.shape[1], new.shape[1])
         logits = self._logits(longer, given)[:, -new.shape[1] :]  # raises before anything has changed
-        self.ids, self._given, self._said = longer, given, logits
+        self._ids, self._given, self._said = longer, given, logits
         return logits.clone()
 
-    def rewind(self, rows: int) -> Self:
+    def rewind(self, rows: int, **kwargs: Any) -> Self:
         """Forget the last rows; what the cache holds of them stays there.
 
+        Args:
+            **kwargs: as in `extend`. Those that have grown with the text are cut where nothing is said of them.
+
         Raises:
-            InputError: fewer than one row would be left.
+            InputError: fewer than one row would be left, or nothing says whether an argument has an entry for each row.
         """
-        if not 0 <= rows < self._open_ids().shape[1]:
-            raise errors.InputError(f"{rows} rows back from {self.length}: at least one stays")
-        if rows:
-            self.ids, self._said = self.ids[:, : self.length - rows], None
+        back = integer(rows, "rows")
+        left = self.length - back
+        if not 0 < left <= self.length:
+            raise errors.InputError(f"{back} rows back from {self.length}: at least one stays")
+        if back or kwargs:
+            given = self._given.cut(kwargs, left, back) if back else self._given.replaced(kwargs, left)
+            self._ids, self._said, self._given = self.ids[:, :left], None, given
         return self
 
     def fork(self, k: int) -> Session:
         """A session with ``k`` copies of each text, side by side; this one stays as it is.
 
         Raises:
-            InputError: nothing says whether an argument has an entry for each text (``per_text`` of `open`).
+            InputError: there is to be no copy, or nothing says whether an argument has an entry for each text
+                (``per_text`` of `open`).
         """
-        return self._picked(torch.arange(self._open_ids().shape[0]).repeat_interleave(k))
+        return self._picked(torch.arange(self.ids.shape[0]).repeat_interleave(integer(k, "k", 1)))
 
     def reorder(self, rows: Tensor | Sequence[int]) -> Self:
         """Texts by their numbers, in the order given; any may come several times or not at all.
 
         Raises:
-            InputError: as in `fork`.
+            InputError: there is no text of such a number; as in `fork`.
         """
-        chosen = torch.as_tensor(rows)
-        if chosen.dim() != 1 or not chosen.numel() or chosen.dtype not in (torch.int32, torch.int64):
-            raise errors.InputError(f"texts are chosen by their numbers, one at least, and not by {rows}")
+        count, chosen = self.ids.shape[0], integers(rows, "numbers of texts").long()
+        if chosen.dim() != 1 or not chosen.numel() or not bool(((chosen >= 0) & (chosen < count)).all()):
+            raise errors.InputError(f"of {count} texts one at least is chosen by its number, and not by {rows}")
         other = self._picked(chosen)
-        self.ids, self._said, self._given = other.ids, other._said, other._given
+        self._ids, self._said, self._given = other.ids, other._said, other._given
         return self
 
     def close(self) -> None:
         """Let go of everything; the rows stay in the cache."""
-        self._given, self._said = Arguments({}, 0), None
-        del self.ids
-
-    def _open_ids(self) -> Tensor:
-        ids: Tensor | None = getattr(self, "ids", None)
-        if ids is None:
-            raise errors.InputError("this session is closed")
-        return ids
+        self._ids, self._given, self._said = None, Arguments({}, 0), None
 
     def _picked(self, rows: Tensor) -> Session:
-        rows = rows.to(self._open_ids().device)
+        rows = rows.to(self.ids.device)
         other = object.__new__(Session)
         other._forward, other._name, other._given = self._forward, self._name, self._given.picked(rows)
-        other.ids, other._said = self.ids[rows], None if self._said is None else self._said[rows]
+        other._ids, other._said = self.ids[rows], None if self._said is None else self._said[rows]
         return other
 
     def _logits(self, ids: Tensor, given: Arguments) -> Tensor:
@@ -139,8 +145,9 @@ class Session:
         self.close()
 
     def __repr__(self) -> str:
-        ids: Tensor | None = getattr(self, "ids", None)
-        return "<kvpass.Session, closed>" if ids is None else f"<kvpass.Session {ids.shape[0]} x {ids.shape[1]} rows>"
+        if self._ids is None:
+            return "<kvpass.Session, closed>"
+        return f"<kvpass.Session {self._ids.shape[0]} x {self._ids.shape[1]} rows>"
 
 
 def open(
@@ -167,10 +174,10 @@ def open(
     Raises:
         InputError: there is no token, or the model returns no logits.
     """
-    ids = _texts(torch.as_tensor(input_ids))
+    ids = _texts(integers(input_ids, "tokens"))
     if ids.dim() != 2 or not ids.numel():
         raise errors.InputError(f"a prompt is [B, T] with at least one token, not {tuple(ids.shape)}")
-    given = Arguments.of({**quiet(model), **kwargs}, ids.shape[0], per_text)
+    given = Arguments.of({**quiet(model), **kwargs}, ids.shape[0], per_text, ids.shape[1])
     return Session(compiled(model), ids.clone(), ids_name, given)
 
 
