@@ -11,7 +11,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvpass.errors import InputError, KvpassError
@@ -65,7 +69,7 @@ def _parser() -> Parser:
         "--kernels", dest="stage", action="store_const", const="kernels", help="the generated kernels, not a graph"
     )
     dump.add_argument("--format", choices=["text", "dot", "svg", "json"], default="text")
-    dump.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
+    _add_output(dump)
     _add_kernels(commands)
     return parser
 
@@ -87,7 +91,12 @@ def _add_kernels(commands: Any) -> None:
     dtypes = ["float32", "float16", "bfloat16"]
     kernels.add_argument("--dtype", choices=dtypes, help="of queries, keys and values (default: the model's)")
     kernels.add_argument("--format", choices=["text", "json"], default="text")
-    kernels.add_argument("-o", "--output", metavar="FILE", help="write here instead of standard output")
+    _add_output(kernels)
+
+
+def _add_output(command: Parser) -> None:
+    text = "write here instead of standard output"
+    command.add_argument("-o", "--output", type=_file_name, metavar="FILE", help=text)
 
 
 def _add_demo(commands: Any) -> None:
@@ -112,6 +121,12 @@ def _token_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (at least 2)")
     return int(text)
+
+
+def _file_name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a file")
+    return text
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -158,18 +173,32 @@ def _compilations(target: str) -> list[Any]:
 
     from kvpass.frontend.api import compile, recording, wait
 
-    with recording() as found, torch.no_grad():
-        try:
-            compile(model)(*args, **kwargs)
-        except Exception as error:  # the user's own code again
-            raise InputError(f"running {target} raised {type(error).__name__}: {_first_line(error)}") from error
+    with recording() as found, torch.no_grad(), _of_the_user(f"running {target} raised"):
+        compile(model)(*args, **kwargs)
     wait()
     return found
 
 
-def _first_line(error: Exception) -> str:
-    """What went wrong; Dynamo adds hints for its own developers after it."""
-    return next(iter(str(error).splitlines()), "")
+@contextmanager
+def _of_the_user(what: str) -> Iterator[None]:
+    """Code of the user's: whatever it raises is the answer, ``sys.exit`` included.
+
+    Raises:
+        InputError: it does; one line says what, and where.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        said = next(iter(str(error).splitlines()), "")  # Dynamo adds hints for its own developers after it
+        raise InputError(f"{what} {type(error).__name__}: {said}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line that is neither Python's, nor an installed package's, nor ours."""
+    paths = sysconfig.get_paths()
+    others = (paths["stdlib"], paths["purelib"], paths["platlib"], str(Path(__file__).parent), "<")
+    lines = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+    return next((f" ({line})" for line in reversed(lines) if not line.startswith(others)), "")
 
 
 def resolve(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -198,17 +227,15 @@ def resolve(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 def _from_factory(module_name: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the installed command does not look into the current folder, `python -m` does
-    try:
+    if not all(module_name.split(".")):
+        raise InputError(f"{module_name!r} is no module: write its name as in an import, from the top")
+    with _of_the_user(f"cannot import {module_name!r}:"):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"cannot import {module_name!r}: {error}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise InputError(f"{module_name} has no factory {name!r}")
-    try:
+    with _of_the_user(f"{module_name}:{name} raised"):
         made = factory()
-    except Exception as error:  # the user's own code: whatever it raises is the answer
-        raise InputError(f"{module_name}:{name} raised {type(error).__name__}: {error}") from error
     return _unpack(f"{module_name}:{name}", made)
 
 
@@ -231,13 +258,12 @@ def _with_example(model: nn.Module, kwargs: dict[str, Any]) -> tuple[nn.Module, 
     import torch
     from torch import nn
 
-    size = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if size is None:
-        raise InputError(
-            f"{type(model).__name__} has no embedding to make ids for; let the factory return (model, args)"
-        )
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings]
+    if not sizes:
+        why = f"{type(model).__name__} has no embedding with entries to make ids for"
+        raise InputError(f"{why}; let the factory return (model, args)")
     taken = inspect.signature(model.forward).parameters
-    ids = torch.randint(size, (1, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(sizes[0], (1, 16), generator=torch.Generator().manual_seed(0))
     return model.eval(), (ids,), {name: value for name, value in kwargs.items() if name in taken}
 
 

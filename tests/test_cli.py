@@ -65,6 +65,18 @@ def make_failing() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Counter(), (torch.full((1, 4), 99),)
 
 
+def make_exit() -> nn.Module:
+    sys.exit(3)
+
+
+def make_lines() -> nn.Module:
+    raise ValueError("one\ntwo")
+
+
+def make_empty() -> nn.Module:
+    return nn.Embedding(0, 3)
+
+
 def make_without_embedding() -> nn.Module:
     return nn.Linear(2, 2)
 
@@ -80,6 +92,8 @@ def make_without_embedding() -> nn.Module:
         (["explain"], "the following arguments are required: TARGET"),
         (["dump", "demo:smollm2", "--stage", "last"], "invalid choice: 'last'"),
         (["dump", "demo:smollm2", "--format", "pdf"], "invalid choice: 'pdf'"),
+        (["dump", "demo:smollm2", "-o", ""], "'' is no name of a file"),
+        (["kernels", "demo:smollm2", "--output="], "'' is no name of a file"),
     ],
 )
 def test_usage_errors_exit_with_one(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,8 +117,14 @@ def test_usage_errors_exit_with_one(argv: list[str], sentence: str, capsys: pyte
         ("tests.test_cli:VOCABULARY", "has no factory"),
         ("tests.test_cli:make_nothing", "must return a torch.nn.Module"),
         ("tests.test_cli:make_number", "must return a torch.nn.Module"),
-        ("tests.test_cli:make_trouble", "raised ZeroDivisionError: seven by zero"),
+        (".:make", "'.' is no module"),
+        ("..tests:make", "'..tests' is no module"),
+        ("tests..test_cli:make", "'tests..test_cli' is no module"),
+        ("tests.test_cli:make_trouble", f"raised ZeroDivisionError: seven by zero ({__file__}:"),
+        ("tests.test_cli:make_exit", f"raised SystemExit: 3 ({__file__}:"),
+        ("tests.test_cli:make_lines", "raised ValueError: one ("),
         ("tests.test_cli:make_failing", "running tests.test_cli:make_failing raised IndexError"),
+        ("tests.test_cli:make_empty", "Embedding has no embedding with entries"),
         ("tests.test_cli:make_without_embedding", "Linear has no embedding"),
         ("hf:/no/such/folder", "/no/such/folder is not a folder"),
     ],
@@ -117,6 +137,25 @@ def test_bad_targets_exit_with_one(
     printed = capsys.readouterr().err
     assert sentence in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("import math\n1 / 0\n", "ZeroDivisionError: division by zero ({path}:2)"),
+        ("def made(:\n", "SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("raise SystemExit(4)\n", "SystemExit: 4 ({path}:1)"),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' ({path}:1)"),
+    ],
+)
+def test_a_module_that_raises(
+    text: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["explain", "broken:made"]) == cli.ERROR
+    assert capsys.readouterr().err == f"kvpass: cannot import 'broken': {sentence.format(path=path)}\n"
 
 
 def test_folders_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
