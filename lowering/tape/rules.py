@@ -79,9 +79,9 @@ class Writing:
     def size(self, expr: Any) -> str:
         return self.words.size(expr)
 
-    def loops(self, shape: Sequence[Any], body: Callable[[list[str]], str], first: str = "i") -> str:
+    def loops(self, shape: Sequence[Any], body: Callable[[list[str]], str], first: str = "i", simd: str = "") -> str:
         if first != "i":
-            return self.words.loops(shape, body, first)
+            return self.words.loops(shape, body, first, simd)
         row = self.words.row(shape)
         self.by_rows &= row is not None
 
@@ -691,10 +691,9 @@ def _reduced(w: Writing, first: str, step: str, last: str = "{0}", simd: str = "
 
         place = spread(index, ["0"] * len(dims)) if keeps else index
         count = w.size(sympy.Mul(*[x.sizes[d] for d in dims]))
-        pragma = f'\n_Pragma("omp simd reduction({simd}:y)")\n' if simd and len(dims) == 1 else ""
-        inside = w.loops([x.sizes[d] for d in dims], inner, "k")
+        inside = w.loops([x.sizes[d] for d in dims], inner, "k", simd if len(dims) == 1 else "")
         head = f"{compute} y = {first}; "
-        return head + pragma + inside + w.store(place, last.format("y", count))
+        return head + inside + w.store(place, last.format("y", count))
 
     return w.loops([x.sizes[d] for d in kept], body)
 
@@ -806,8 +805,7 @@ def _centred(w: Writing, mean: bool) -> str:
             def inner(k: list[str]) -> str:
                 return text(f"{compute}({w.load(x, [*index, k[0]])})", k[0])
 
-            pragma = '\n_Pragma("omp simd reduction(+:y)")\n' if simd else ""
-            return pragma + w.loops([x.sizes[-1]], inner, "k")
+            return w.loops([x.sizes[-1]], inner, "k", "+" if simd else "")
 
         def result(v: str, k: str) -> str:
             y = f"({v} - middle) * by" if mean else f"{v} * by"
@@ -851,7 +849,6 @@ def _matmul(w: Writing) -> str:
         def inner(k: list[str]) -> str:
             return f"y += {compute}({w.load(a, [*batch, i, k[0]])}) * {compute}({w.load(b, [*batch, k[0], j])});"
 
-        pragma = '\n_Pragma("omp simd reduction(+:y)")\n'
-        return f"{compute} y = 0; " + pragma + w.loops([a.sizes[-1]], inner, "k") + w.store(index, "y")
+        return f"{compute} y = 0; " + w.loops([a.sizes[-1]], inner, "k", "+") + w.store(index, "y")
 
     return w.loops(w.out.sizes, body)

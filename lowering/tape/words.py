@@ -97,8 +97,11 @@ class Words:
                 terms.append(f"({i}) * {self.size(stride)}")
         return " + ".join(terms) or "0"
 
-    def loops(self, shape: Sequence[Expr], body: Callable[[list[str]], str], first: str = "i") -> str:
-        """Nested loops around what ``body`` says for an index."""
+    def loops(self, shape: Sequence[Expr], body: Callable[[list[str]], str], first: str = "i", simd: str = "") -> str:
+        """Nested loops around what ``body`` says for an index; no loop along an axis of one entry.
+
+        ``simd`` says how the iterations of a single loop are reduced to ``y``, several of them at once.
+        """
         index = ["0" if size == 1 else f"{first}{k}" for k, size in enumerate(shape)]
         row = self.row(shape)
         heads = [
@@ -108,7 +111,8 @@ class Words:
             for k, (i, size) in enumerate(zip(index, shape, strict=True))
             if i != "0"
         ]
-        return "".join(heads) + "{ " + body(index) + " }"
+        pragma = f'\n_Pragma("omp simd reduction({simd}:y)")\n' if simd and len(heads) == 1 else ""
+        return pragma + "".join(heads) + "{ " + body(index) + " }"
 
     def row(self, shape: Sequence[Expr]) -> int | None:
         """The axis of the rows; None where there is none, or more than one."""

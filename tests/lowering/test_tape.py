@@ -187,6 +187,13 @@ CASES: list[Case] = [
     (aten.matmul.default, [X, floats(2, 20, 4)], (), {}),
     (aten.matmul.default, [floats(3, 2, 5, 20), X.transpose(1, 2)[:, None][0]], (), {}),
     (aten.bmm.default, [X, X.transpose(1, 2)], (), {}),
+    # axes of one entry have no loop
+    (aten.matmul.default, [COLUMN, COLUMN.transpose(1, 2)], (), {}),
+    (aten.bmm.default, [COLUMN.transpose(1, 2)[:, :, :1], COLUMN[:, :1]], (), {}),
+    *((op(name), [COLUMN], ([-1],), {}) for name in ("sum.dim_IntList", "mean.dim", "amax")),
+    (aten.softmax.int, [COLUMN], (-1,), {}),
+    (aten.layer_norm.default, [COLUMN], ([1],), {}),
+    (aten.rms_norm.default, [COLUMN], ([1],), {}),
 ]
 
 
