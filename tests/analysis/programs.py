@@ -202,6 +202,7 @@ SELF: dict[str, Case] = {
     "any_of_rows_that_are_not_there": Case(lambda e: e.allowed[:, :-1].flip(0).any(-1), "length"),
     "any_of_all_but_the_last": Case(lambda e: (e.i[:-1] >= e.i[:, None]).any(-1), "length"),
     "any_of_the_rows_behind": Case(lambda e: (e.i[1:] >= e.i[:, None]).any(-1), "length"),
+    "any_of_fractions": Case(lambda e: (e.i * 0.1 - e.i[:, None] * 0.1 + 1).any(-1), "length"),
     "any_of_bytes": Case(lambda e: e.allowed.byte().any(-1), "index"),
     "all_of_a_row_that_sees_itself": Case(lambda e: (e.i > e.i[:, None]).all(-1), "index"),
     "all_of_data": Case(lambda e: ((e.i != e.i[:, None]) & e.keep[:, None]).all(-1), "index"),

@@ -108,7 +108,7 @@ def _told_by_its_own(op: Op, one: Boolean) -> Out | None:
     """Of entries that are ``one`` where a row meets itself at least one is, whatever the others are."""
     x, axes = op.operands[0], _axes(op, op.arg(1, "dim"))
     value, gone = expression(x, op.scope), [label for d in axes for label in x.dims[d]]
-    if value is None:
+    if value is None or x.fact.rounded:
         return None
     entry = boolean(value) if one == sympy.true else sympy.Not(boolean(value))
     if not any(implies(sympy.true, own) for own in _where_a_row_meets_itself(op, entry, gone)):
