@@ -181,6 +181,7 @@ def test_tokens_as_they_come(model: Any, fast: Any) -> None:
     [
         {"temperature": 0.0},
         {"top_k": 0},
+        {"top_k": 2.5},
         {"top_p": 1.5},
         {"min_p": -0.1},
         {"repetition_penalty": 0},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpass import errors
+from kvpass.generation.arguments import integer
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,8 +44,8 @@ class Sampling:
         for name, value in positive.items():
             if not value > 0:
                 raise errors.InputError(f"{name} must be above 0, but it is {value}")
-        if self.top_k is not None and self.top_k < 1:
-            raise errors.InputError(f"top_k must be at least 1, but it is {self.top_k}")
+        if self.top_k is not None:
+            integer(self.top_k, "top_k", 1)
         for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
             if share is not None and not 0 <= share <= 1:
                 raise errors.InputError(f"{name} must be in 0 .. 1, but it is {share}")
