@@ -54,6 +54,14 @@ def replace_data(model: Small) -> None:
     model.embed.weight.data = torch.randn(19, 8)
 
 
+def turn(model: Small) -> None:
+    model.key.data = model.key.data.T
+
+
+def turn_by_strides(model: Small) -> None:
+    model.key.data = model.key.data.as_strided((8, 8), model.key.stride()[::-1])
+
+
 def load(model: Small) -> None:
     model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
 
@@ -65,6 +73,8 @@ CHANGES = [
     write_one_entry,
     write_one_entry_through_a_view,
     replace_data,
+    turn,
+    turn_by_strides,
     load,
 ]
 
@@ -99,6 +109,32 @@ def test_one_entry_of_a_tensor_with_holes() -> None:
     assert held.same((tensor,))
     tensor.data[517, 3] = 1
     assert not held.same((tensor,))
+
+
+RELAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": torch.t,
+    "other strides": lambda x: x.as_strided((8, 8), (1, 8)),
+    "fewer entries": lambda x: x[:4],
+    "another type": lambda x: x.view(torch.float16),
+    "conjugated": torch.conj,
+    "negated": lambda x: x._neg_view(),
+}
+TYPES = {"another type": torch.bfloat16, "conjugated": torch.complex64}
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "as on a device"])
+@pytest.mark.parametrize("how", RELAID)
+def test_one_memory_read_in_another_way(how: str, on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No entry is written, and the contents are others. (Of types and of what is conjugated Dynamo's guards tell.)"""
+    monkeypatch.setattr(weights, "_on_host", lambda tensor: on_host)
+    tensor = torch.randn(8, 8, dtype=TYPES.get(how, torch.float32))
+    held = Weights({"w": tensor})
+    tensor.data = RELAID[how](tensor.data)
+    assert how in ("another type", "conjugated", "negated") or not held.same((tensor,))
+    again = Weights({"w": tensor})
+    assert again.digests != held.digests
+    assert again.digests == Weights({"w": tensor.resolve_conj().resolve_neg().clone()}).digests
+    assert again.same((tensor,))
 
 
 def weight(*shape: int) -> tuple[Tensor, Weights]:

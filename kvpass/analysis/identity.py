@@ -167,7 +167,7 @@ def _meets_batch(analyzed: Analyzed, node: fx.Node, k: int, found: Mapping[fx.No
 
 def digest_of(tensor: torch.Tensor) -> bytes:
     """SHA-256 of a tensor's dtype, shape and contents. (``numpy()`` would ask for a writable pointer.)"""
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     head = f"{plain.dtype}{tuple(plain.shape)}".encode()
     data = (ctypes.c_char * plain.nbytes).from_address(address(plain)) if plain.nbytes else b""
     return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()

@@ -1,10 +1,10 @@
 """Weights by identity: what they are, and whether they still are.
 
 A stored row is only right for the weights that made it. Each constant is known by the SHA-256 of its contents; per call
-a change is noticed by the storage's address, by the version counter that every in-place op moves, and by the marks of
-`kvpass.runtime.written` (``p.data.mul_()`` moves no counter that can be seen from ``p``). What bears no mark, as
-a weight that an array made elsewhere may write into past it, is read in full in every call. A sample of the contents is
-looked at besides.
+a change is noticed by the storage's address, by how the tensor stands in it (``p.data = p.data.T``), by the version
+counter that every in-place op moves, and by the marks of `kvpass.runtime.written` (``p.data.mul_()`` moves no counter
+that can be seen from ``p``). What bears no mark, as a weight that an array made elsewhere may write into past it, is
+read in full in every call. A sample of the contents is looked at besides.
 """
 
 from __future__ import annotations
@@ -25,16 +25,24 @@ from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
 _digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
-_far: Any = WeakIdKeyDictionary()  # tensor on a device -> (address, a view of its sample): one for all programs
+_far: Any = WeakIdKeyDictionary()  # tensor on a device -> (layout, a view of its sample): one for all programs
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Which entries of the memory a tensor is, and how they are read."""
+    read = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return address(tensor), tensor.size(), tensor.stride(), *read
+
+
 def _peek(tensor: torch.Tensor) -> torch.Tensor | None:
     """A view of some entries, spread over a tensor, as integers ``[n]``; None where that would cost a copy."""
     dense = tensor.detach()
+    dense = dense.conj() if dense.is_conj() else dense
+    dense = dense._neg_view() if dense.is_neg() else dense
     dense = dense.permute(sorted(range(dense.dim()), key=dense.stride, reverse=True))  # a transposed one has no holes
     if not dense.is_contiguous() or tensor.numel() == 0 or tensor.is_quantized:
         return None
@@ -69,9 +77,9 @@ class _Near:
 
 
 def _far_view(tensor: torch.Tensor, peek: torch.Tensor) -> torch.Tensor:
-    known = _far.get(tensor)
-    if known is None or known[0] != address(tensor):
-        known = _far[tensor] = address(tensor), peek.detach()
+    known, layout = _far.get(tensor), _layout(tensor)
+    if known is None or known[0] != layout:
+        known = _far[tensor] = layout, peek.detach()
     return known[1]  # type: ignore[no-any-return]
 
 
@@ -106,7 +114,7 @@ class _Sample:
 def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]:
     peek = _peek(tensor)
     sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
-    return address(tensor), _version(tensor), storage.epoch, sample
+    return _layout(tensor), _version(tensor), storage.epoch, sample
 
 
 def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
@@ -155,10 +163,11 @@ class Weights:
         for tensor, storage in zip(self.tensors, self._storages, strict=True):
             storage.look(tensor)
 
-    def _state(self) -> list[int]:
+    def _state(self) -> list[object]:
         epochs = map(attrgetter("epoch"), self._storages)
         places = *map(storage_address, self.tensors), *map(torch.Tensor.storage_offset, self.tensors)
-        return [*places, *map(attrgetter("_version"), self._versioned), *epochs]
+        layouts = *map(torch.Tensor.size, self.tensors), *map(torch.Tensor.stride, self.tensors)
+        return [*places, *layouts, *map(attrgetter("_version"), self._versioned), *epochs]
 
     def _untouched(self) -> bool:
         if not all(map(written.bearing, self._marked)):

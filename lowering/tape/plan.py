@@ -31,7 +31,7 @@ class Buffer:
 
     Attributes:
         tensor: where it is for ever; None for what a call makes or brings.
-        argument: its place among the arguments of a call.
+        argument: its place among the arguments of a call; ``given`` what that is.
         address: of a function.
         made: what it holds, where the tape or an op makes it; ``host`` where an op of PyTorch's does.
         slot: which piece of scratch memory it is in.
@@ -39,6 +39,7 @@ class Buffer:
 
     tensor: Tensor | None = None
     argument: int | None = None
+    given: Value | None = None
     address: int | None = None
     made: Value | None = None
     host: bool = False
@@ -153,7 +154,8 @@ class Planner:
         if operand.number is not None:
             self.values[node] = expr_of(fake)
         else:
-            self.values[node] = self._value(fake, self._add(Buffer(tensor=operand.fixed, argument=k)))
+            buffer = Buffer(tensor=operand.fixed, argument=k)
+            self.values[node] = buffer.given = self._value(fake, self._add(buffer))
 
     def _number(self, fake: Any) -> Any:
         if isinstance(fake, torch.SymInt):

@@ -74,9 +74,11 @@ def _runs(steps: Sequence[Instruction | Host]) -> list[list[Instruction | Host]]
     return runs
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """True where one tensor can take the place of the other."""
-    return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+def _stands_as(tensor: Tensor, value: Value | None) -> bool:
+    """True where a tensor has the sizes, the strides and the type that a tape was made for."""
+    if value is None:
+        return False
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype) == (value.sizes, value.strides, value.dtype)
 
 
 class Tape:
@@ -209,6 +211,7 @@ class Tape:
             elif buffer.made is not None and not buffer.host:
                 self._fresh.append(b)
         self._held: Sequence[Any] = [self.buffers[b].tensor for b, _ in self._fixed]
+        self._given = [self.buffers[b].given for b, _ in self._fixed]
         places = [argument for _, argument in self._fixed]
         self._pick: Callable[[Sequence[Any]], Sequence[Any]] = (
             operator.itemgetter(*places) if len(places) > 1 else lambda args: [args[k] for k in places]
@@ -236,7 +239,7 @@ class Tape:
         if self._fixed:
             now = self._pick(args)
             if weights is not self._weights or not all(map(operator.is_, now, self._held)):
-                if not all(map(_alike, now, self._held)):
+                if not all(map(_stands_as, now, self._given)):
                     return False
                 for (b, _), tensor in zip(self._fixed, now, strict=True):
                     self.buffers[b].tensor, self._base[b] = tensor, address(tensor)

@@ -398,6 +398,15 @@ def test_sizes_that_change_from_call_to_call() -> None:
         assert number == n
 
 
+def test_a_weight_that_is_turned_in_its_memory_is_another_operand() -> None:
+    x, weight = floats(3, 8), floats(8, 8)
+    tape = tape_of(graph_of(lambda g, i: g.call_function(aten.mm.default, tuple(i)), 2), [x, weight], (1,))
+    with tape.lock:
+        assert tape.suits([x, weight], [], None)
+        weight.data = weight.data.T
+        assert not tape.suits([x, weight], [], object())
+
+
 def test_what_has_no_rule_runs_as_it_is_written() -> None:
     def call(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
         doubled = graph.call_function(aten.mul.Tensor, (nodes[0], 2.0))
