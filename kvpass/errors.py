@@ -9,7 +9,7 @@ stood in the way of the proof, where the user wrote it, and what would make it p
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class KvpassError(Exception):
@@ -41,6 +41,13 @@ class Refusal(KvpassError):
         self.node = self.node or node
         self.source = self.source or source
         return self
+
+    def kept(self) -> Self:
+        """The refusal for whoever keeps it: without the frames that it came through, which hold Dynamo's graph and
+        the model's tensors.
+        """
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
     def __str__(self) -> str:
         place = f"\n    at {self.source}" if self.source else ""

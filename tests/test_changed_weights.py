@@ -1,7 +1,9 @@
 """A weight that changes is noticed, however it is written; nothing stale is answered."""
 
 import ctypes
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,18 @@ def turn_by_strides(model: Small) -> None:
     model.key.data = model.key.data.as_strided((8, 8), model.key.stride()[::-1])
 
 
+def swap(model: Small) -> None:
+    torch.utils.swap_tensors(model.key, nn.Parameter(torch.randn(8, 8)))
+
+
+def swap_all(model: Small) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def load(model: Small) -> None:
     model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
 
@@ -75,6 +89,8 @@ CHANGES = [
     replace_data,
     turn,
     turn_by_strides,
+    swap,
+    swap_all,
     load,
 ]
 
@@ -92,6 +108,21 @@ def test_no_stale_answer(change: Callable[[Small], None], on_host: bool, monkeyp
     fast(ids)
     change(model)
     torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_refers_to_a_weight_weakly() -> None:
+    """`swap_tensors` would refuse it; a refusal that is kept, of one fixed length here, keeps no frame of Dynamo's."""
+    torch._dynamo.reset()
+    model = Small().eval()
+    fast = torch.compile(model, backend="kvpass", options={"cache": kvpass.Cache(page_size=4), "tiers": "eager"})
+    gc.disable()
+    try:
+        for length in (7, 9, 11):
+            fast(torch.arange(length).unsqueeze(0))
+        assert not [name for name, weight in model.named_parameters() if weakref.getweakrefs(weight)]
+    finally:
+        gc.enable()
 
 
 def test_one_entry_of_a_tensor_without_a_version() -> None:

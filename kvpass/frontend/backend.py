@@ -137,7 +137,7 @@ def kvpass(
             rebuild = partial(_rebuild, written, autotune=chosen.autotune)
             program = Program(captured, incremental, plain, cache, rebuild, chosen.tiers, chosen.verify)
     except errors.Refusal as refusal:
-        _record(Record(captured, None, refusal))
+        _record(Record(captured, None, refusal.kept()))
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return _as_function(gm)
     if unchecked:
@@ -160,7 +160,7 @@ def _proven(
             incremental = incrementalise(captured, autotune=autotune)
         except errors.Refusal as refusal:
             if refused is None or refused[0].rows_first:
-                refused = captured, refusal, written
+                refused = captured, refusal.kept(), written
         else:
             if refused is None or _answers_by_row(incremental.plan.analyzed):
                 return captured, incremental, written

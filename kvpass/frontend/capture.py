@@ -62,7 +62,7 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
                 raise fixed[reading.seq][1]
             described = _described(copied(module), places, fakes, real, constant, reading)
         except errors.Refusal as refusal:
-            unread = unread if reading.rows_first else unread or refusal
+            unread = unread if reading.rows_first else unread or refusal.kept()
             continue
         read = read or not reading.rows_first
         first, *others = _leads(described.module, reading.seq)
@@ -96,7 +96,7 @@ def _readings(
     try:
         found = [(seq, False) for seq in _sequence_symbols(fakes, constant, answers)]
     except errors.Refusal as refusal:
-        why = refusal
+        why = refusal.kept()
     for seq in _symbols_before_the_batch(fakes, constant):  # which says more of what is given than the other reading
         place = next((k for k, other in enumerate(found) if other == (seq, False)), len(found))
         found.insert(place, (seq, True))

@@ -200,7 +200,7 @@ class Program:
             return self._check is None
 
     def _refuse(self, refusal: errors.Refusal) -> None:
-        self.refusal, self._bound = refusal, None
+        self.refusal, self._bound = refusal.kept(), None
         log.warning("%s", refusal)
 
     # -- weights -------------------------------------------------------------------------------------------------

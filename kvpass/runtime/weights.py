@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpass.analysis.identity import digest_of
 from kvpass.ir import address, storage_address
 from kvpass.runtime import written
 
 _SAMPLES = 8  # entries of each constant that are looked at in every call
-_digests: Any = WeakIdKeyDictionary()  # tensor -> (stamp, digest)
-_far: Any = WeakIdKeyDictionary()  # tensor on a device -> (layout, a view of its sample): one for all programs
 
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+def _layout(tensor: torch.Tensor) -> written.Layout:
     """Which entries of the memory a tensor is, and how they are read."""
     read = tensor.dtype, tensor.is_conj(), tensor.is_neg()
     return address(tensor), tensor.size(), tensor.stride(), *read
@@ -76,26 +73,19 @@ class _Near:
         return self._window.take(self._places).tobytes()
 
 
-def _far_view(tensor: torch.Tensor, peek: torch.Tensor) -> torch.Tensor:
-    known, layout = _far.get(tensor), _layout(tensor)
-    if known is None or known[0] != layout:
-        known = _far[tensor] = layout, peek.detach()
-    return known[1]  # type: ignore[no-any-return]
-
-
 class _Sample:
     """A few entries of many tensors, and what they were."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], storages: Sequence[written.Storage]) -> None:
         near: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
         self._far: dict[torch.dtype, list[torch.Tensor]] = {}
         self._memory = [tensor.untyped_storage() for tensor in tensors]  # of the near ones
-        for tensor in tensors:
+        for tensor, storage in zip(tensors, storages, strict=True):
             peek = _peek(tensor)
             if peek is not None and _on_host(peek):
                 near.setdefault((peek.dtype, address(peek) % peek.element_size()), []).append(peek)
             elif peek is not None:
-                self._far.setdefault(peek.dtype, []).append(_far_view(tensor, peek))
+                self._far.setdefault(peek.dtype, []).append(storage.samples.setdefault(_layout(tensor), peek.detach()))
         self._near = [_Near(peeks) for peeks in near.values()]
         self._near_was, self._far_was = self._look_near(), self._look_far()
 
@@ -114,14 +104,14 @@ class _Sample:
 def _stamp(tensor: torch.Tensor, storage: written.Storage) -> tuple[object, ...]:
     peek = _peek(tensor)
     sample = b"" if peek is None else peek.cpu().clone().numpy().tobytes()
-    return _layout(tensor), _version(tensor), storage.epoch, sample
+    return _version(tensor), storage.epoch, sample
 
 
 def _content(tensor: torch.Tensor, storage: written.Storage) -> bytes:
     """The content digest of a constant, computed again only where it may have changed."""
-    known = _digests.get(tensor) if storage.marked else None
+    known = storage.digests.get(_layout(tensor)) if storage.marked else None
     if known is not None and known[0] == _stamp(tensor, storage):
-        return known[1]  # type: ignore[no-any-return]
+        return known[1]
     return digest_of(tensor)
 
 
@@ -139,21 +129,19 @@ class Weights:
             written.own(self.tensors)
             self._storages = [written.storage(tensor) for tensor in self.tensors]
             self._look()
-            self._sample = _Sample(self.tensors)
+            self._sample = _Sample(self.tensors, self._storages)
             self._watch()
             pairs = list(zip(self.tensors, self._storages, strict=True))
             contents = [_content(*pair) for pair in pairs]
             for (tensor, storage), digest in zip(pairs, contents, strict=True):
-                _digests[tensor] = _stamp(tensor, storage), digest
+                storage.digests[_layout(tensor)] = _stamp(tensor, storage), digest
         self.digests = dict(zip(self.names, contents, strict=True))
 
     def _watch(self) -> None:
         """Mark what can be marked, before the contents are read: what is written meanwhile is noticed later."""
-        known: Counter[int] = Counter()
-        for tensor in dict.fromkeys(self.tensors):
-            known[tensor.untyped_storage()._cdata] += 1 + (tensor in _far)
+        known = Counter(dict(zip(self.tensors, self._storages, strict=True)).values())  # each tensor once
         for tensor, storage in zip(self.tensors, self._storages, strict=True):
-            storage.mark(tensor, known[tensor.untyped_storage()._cdata])
+            storage.mark(tensor, known[storage] + len(storage.samples))
         pairs = list(zip(self.names, self.tensors, self._storages, strict=True))
         self._marked = [tensor for _, tensor, storage in pairs if storage.marked]
         self.unwatched = [name for name, _, storage in pairs if not storage.marked]

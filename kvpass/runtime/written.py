@@ -20,21 +20,28 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 lock = threading.RLock()
 _epochs = itertools.count(1)
+Layout = tuple[object, ...]
 bearing: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]
 
 
 class Storage:
     """What all programs know of one storage.
 
+    No tensor is referred to weakly: `torch.utils.swap_tensors` would refuse it.
+
     Attributes:
         marked: writes are noticed; otherwise the contents must be read to know.
         epoch: belongs to this storage only, and changes when it may have been written into.
+        digests: of the contents, by the layout of a tensor; each with what has to be so still.
+        samples: views of a few entries on a device, by the layout of a tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.marked = False
         self.epoch = next(_epochs)
+        self.digests: dict[Layout, tuple[object, bytes]] = {}
+        self.samples: dict[Layout, Tensor] = {}
 
     def mark(self, tensor: Tensor, known: int) -> None:
         """Notice writes from now on; only for who holds `lock` and has looked, and reads the contents afterwards.
