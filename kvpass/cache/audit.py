@@ -57,7 +57,9 @@ def _audit_bundle(bundle: Bundle, flights: list[Flight]) -> None:
     _check(set(held) | space.free == set(range(1, space.fresh)), "a page is lost, or the scratch page is held")
     _check(space.dirty <= space.free, "a page in use would lose its memory")
     _check(all(pool.pages >= space.fresh for pool in bundle.pools.values()) or space.fresh == 1, "no memory for a page")
-    _check(all(bundle.raws[key] is pool.raw for key, pool in bundle.pools.items() if pool.pages), "an old pool is used")
+    _check(bundle.slots.keys() == bundle.pools.keys(), "a slot has no pool")
+    pools = [(key, pool) for key, pool in bundle.pools.items() if pool.pages]
+    _check(all(bundle.raws.get(key) is pool.raw for key, pool in pools), "an old pool is used")
 
 
 def _audit_tree(tree: Tree, page_size: int) -> None:

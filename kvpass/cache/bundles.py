@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,11 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One call between `begin` and `commit` or `abort`."""
+    """One call between `begin` and `commit` or `abort`.
+
+    Attributes:
+        lease: a weak reference to what the caller holds; None before there is one.
+    """
 
     batch: int
     length: int
@@ -34,6 +38,12 @@ class Flight:
     parts: list[Part] = field(default_factory=list)
     open: bool = True
     stored: bool = False
+    lease: Callable[[], object] | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its lease was dropped without an end."""
+        return self.lease is not None and self.lease() is None
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +117,8 @@ class Bundle:
         added: list[Node] = []
         for new in part.plan.fresh:
             present = self.tree.find(new.before, new.rows) is not None
+            if not present and part.raws is not self.raws:
+                self._carry_over(new, part.raws)
             if new.extends and new.source is not None:
                 new.source.writer = None
                 if not present:
@@ -117,8 +129,6 @@ class Bundle:
                 node = self.tree.insert(new.before, new.digest, new.rows, new.filled, new.page)
                 residents.adopt(node)
                 added.append(node)
-            if not present and part.raws is not self.raws:
-                self._carry_over(new, part.raws)
         for node in added:
             residents.offer(node)
 

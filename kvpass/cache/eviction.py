@@ -36,8 +36,8 @@ class Policy(Generic[E]):
     def add(self, entry: E) -> None:
         """Put an entry into the set, or rank it anew."""
         self._tickets += 1
-        self._ticket[entry] = self._tickets
         heapq.heappush(self._heap, (self.rank(entry), self._tickets, entry))
+        self._ticket[entry] = self._tickets  # last: what has a ticket is on the heap, whatever breaks this off
         # Entries leave the heap lazily; without this a cache that never evicts would keep all of them.
         if len(self._heap) > 2 * len(self._ticket) + 64:
             self._heap = [item for item in self._heap if self._ticket.get(item[2]) == item[1]]
@@ -54,9 +54,12 @@ class Policy(Generic[E]):
             KeyError: the set is empty.
         """
         while self._heap:
-            _, ticket, entry = heapq.heappop(self._heap)
-            if self._ticket.get(entry) == ticket:
+            _, ticket, entry = self._heap[0]
+            found = self._ticket.get(entry) == ticket
+            if found:
                 del self._ticket[entry]
+            heapq.heappop(self._heap)
+            if found:
                 return entry
         raise KeyError("nothing to evict")
 

@@ -140,8 +140,3 @@ class Lease:
     ) -> None:
         if self._flight.open:
             self._cache._end(self._flight, publish=kind is None)
-
-    def __del__(self) -> None:
-        # Any thread may get here, even one that holds the cache's lock: leave the flight for the next call to end.
-        if self._flight.open:
-            self._cache._lost.append(self._flight)

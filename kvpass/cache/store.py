@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import cast
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from kvpass.cache.audit import audit
 from kvpass.cache.blocks import Budget
@@ -56,14 +55,13 @@ class Cache:
         self._poison = poison
         self._salt = salt.encode() if isinstance(salt, str) else salt
         self._budget = Budget(parse_capacity(capacity))
-        order = cast("Policy[Node]", policy_class(policy)())
-        self._residents = Residents(self._budget, order)
+        self._residents = self._nobody()
         self._lock = threading.Lock()
         self._home: dict[bytes, Bundle] = {}
         self._tables: WeakValueDictionary[tuple[SlotSpec, ...], SlotTable] = WeakValueDictionary()
         self._flights: set[Flight] = set()
-        self._lost: deque[Flight] = deque()
         self._epoch = 0
+        self._changing = False  # also after a change that was broken off
         self._lookups = self._rows_reused = self._rows_computed = 0
 
     def register(self, slots: Sequence[SlotSpec]) -> SlotTable:
@@ -74,14 +72,15 @@ class Cache:
         """
         specs = tuple(slots)
         with self._lock:
+            self._change()
             table = self._tables.get(specs)
             if table is None:
                 self._check_specs(specs)
                 self._forget_unused()
                 self._refine(specs)
                 table = self._tables[specs] = SlotTable(self, specs)
-                for known in list(self._tables.values()):
-                    known.arrange(self._home)
+                self._arrange()
+            self._changing = False
             return table
 
     def begin(self, table: SlotTable, keys: Sequence[bytes], width: int, context: bytes, *, limit: int) -> Lease:
@@ -100,6 +99,7 @@ class Cache:
         distinct = {key: Chain(root, key, width, self.page_size) for key in keys}
         chains = [distinct[key] for key in keys]
         with self._lock:
+            self._change()
             self._end_lost()
             self._lookups += 1
             self._residents.clock += 1
@@ -107,17 +107,22 @@ class Cache:
             self._flights.add(flight)
             try:
                 reason = self._lend(flight, table.bundles, chains, limit)
-                return Lease(self, table, flight, reason)
+                lease = Lease(self, table, flight, reason)
             except BaseException:
                 self._land(flight, publish=False)
                 raise
             finally:
                 self._release_memory()
+            flight.lease = ref(lease)
+            self._changing = False
+            return lease
 
     def stats(self) -> CacheStats:
         """What the cache did and what it holds now."""
         with self._lock:
+            self._change()
             self._end_lost()
+            self._changing = False
             by_slot: dict[str, SlotStats] = {}
             bundles = self._bundles()
             for bundle in bundles:
@@ -136,12 +141,14 @@ class Cache:
     def clear(self) -> None:
         """Drop everything. Calls in flight keep their pages until they end, and what they compute is not stored."""
         with self._lock:
+            self._change()
             self._end_lost()
             self._epoch += 1
             for bundle in self._bundles():
                 for node in bundle.tree.clear():
                     self._residents.bury(node)
             self._release_memory()
+            self._changing = False
 
     def __len__(self) -> int:
         """Rows held. Slots that are never used apart count as one row."""
@@ -211,11 +218,13 @@ class Cache:
         with self._lock:
             if not flight.open:
                 raise RuntimeError("this lease has ended: commit or abort it once")
+            self._change()
             self._land(flight, publish=publish)
             if publish:
                 self._rows_reused += flight.batch * flight.start
                 self._rows_computed += flight.batch * (flight.length - flight.start)
             self._release_memory()
+            self._changing = False
 
     def _land(self, flight: Flight, *, publish: bool) -> None:
         flight.open = False
@@ -238,10 +247,54 @@ class Cache:
 
     def _end_lost(self) -> None:
         """Abort leases that were dropped without an end."""
-        while self._lost:
-            flight = self._lost.popleft()
-            if flight.open:
-                self._land(flight, publish=False)
+        for flight in [flight for flight in self._flights if flight.lost]:
+            self._land(flight, publish=False)
+
+    def _change(self) -> None:
+        """Begin a change, of which whoever holds the lock says the end.
+
+        An interrupt may break one off at any bytecode. What it leaves is looked at here, and made anew where it is not
+        whole: rows are lost then, which costs time. Calls in flight keep the memory that they have, until they end.
+        """
+        if self._changing and not self._whole():
+            self._begin_anew()
+        self._changing = True
+
+    def _whole(self) -> bool:
+        if any(identity not in bundle.slots for identity, bundle in self._home.items()):
+            return False
+        budgets = [self._residents.budget, *(bundle.space.budget for bundle in self._bundles())]
+        if any(budget is not self._budget for budget in budgets):
+            return False
+        if any(spec.identity not in self._home for table in list(self._tables.values()) for spec in table.slots):
+            return False
+        if any(flight.lease is None for flight in self._flights):
+            return False
+        try:
+            audit(self._bundles(), self._flights, self._residents, self.page_size)
+        except AssertionError:
+            return False
+        self._arrange()
+        return True
+
+    def _begin_anew(self) -> None:
+        for flight in self._flights:
+            flight.parts = []
+        self._epoch += 1
+        self._flights, self._home = set(), {}
+        self._budget = Budget(self._budget.capacity)
+        evictions, self._residents = self._residents.evictions, self._nobody()
+        self._residents.evictions = evictions
+        for table in list(self._tables.values()):
+            self._refine(table.slots)
+        self._arrange()
+
+    def _nobody(self) -> Residents:
+        return Residents(self._budget, cast("Policy[Node]", policy_class(self._policy)()))
+
+    def _arrange(self) -> None:
+        for table in list(self._tables.values()):
+            table.arrange(self._home)
 
     def _bundles(self) -> list[Bundle]:
         return list(dict.fromkeys(self._home.values()))
@@ -283,7 +336,9 @@ class Cache:
     def _check(self) -> None:
         """Raise AssertionError if the bookkeeping is wrong. For tests: it looks at everything."""
         with self._lock:
+            self._change()
             self._end_lost()
+            self._changing = False
             audit(self._bundles(), self._flights, self._residents, self.page_size)
 
 
