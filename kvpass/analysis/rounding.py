@@ -42,7 +42,7 @@ def bound_of(dtype: torch.dtype) -> int:
 
 def wrapped(dtype: torch.dtype) -> int:
     """What the entries of a tensor are at most that may have wrapped."""
-    return 1 << _BITS.get(dtype, 63)
+    return 1 << _BITS[dtype] if dtype in (torch.int32, torch.int64) else bound_of(dtype)
 
 
 _MOST = {
