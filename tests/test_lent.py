@@ -1,11 +1,14 @@
 """Outputs that the caller gets in full: no copy of old rows, and nobody sees what another one writes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kvpass
 from kvpass.runtime.lent import Lender
+from tests.cache.test_broken_off import stopped
 
 
 class Model(nn.Module):
@@ -111,3 +114,22 @@ def test_dtypes_and_inference_mode(dtype: torch.dtype) -> None:
         assert torch.equal(result, rows[:4])
         result.zero_()
     assert torch.equal(lender.lend(rows, b"", bytes(9)), rows)
+
+
+@pytest.mark.parametrize("grown", [6, 200], ids=["in place", "in other memory"])
+def test_rows_that_an_interrupt_kept_from_being_written_are_not_lent(grown: int) -> None:
+    text = bytes(200)
+    for at in itertools.count(1):
+        first, second = torch.randn(1, 200, 4), torch.randn(1, 200, 4)  # others than memory that was given back holds
+        lender = Lender(1)
+        lender.lend(first[:, :5], b"first", text[:5])
+        if not stopped(lambda: lender.lend(second[:, :grown], b"second", text[:grown]), at, "/runtime/lent.py"):  # noqa: B023
+            break
+        for rows, name in ((first, b"first"), (second, b"second")):
+            assert torch.equal(lender.lend(rows[:, :8], name, text[:8]), rows[:, :8])
+        first = torch.randn(1, 200, 4)
+        lender = Lender(1)
+        lender.lend(first[:, :5], b"first", text[:5])
+        stopped(lambda: lender.lend(first[:, :grown], b"first", text[:grown]), at, "/runtime/lent.py")  # noqa: B023
+        assert torch.equal(lender.lend(first[:, :8], b"first", text[:8]), first[:, :8])
+    assert at > 20

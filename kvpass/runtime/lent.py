@@ -40,22 +40,23 @@ class Lender:
             width = len(text) // count
             if name != self._name or not (text.startswith(self._text) or self._text.startswith(text)):
                 self._text = b""
+                self._name = name
             if not self._text or count > self._room:
                 self._make_room(rows, count + count // 4 + 64)
             held = len(self._text) // width
             if held < count and self._own is not None:
                 self._own[held:count] = rows.movedim(self.axis, 0)[held:].flatten(1)
                 self._text = text
-            self._name = name
             whole = self._lent
         assert whole is not None
         clone = torch._lazy_clone(whole)
         return clone[:count].view(rows.shape)
 
     def _make_room(self, rows: Tensor, room: int) -> None:
+        self._text = b""  # first: what is broken off here leaves memory without rows
         size = rows[(0,) * self.axis].shape[1:].numel()
         memory = torch.empty(room * size * rows.dtype.itemsize, dtype=torch.uint8)
         # Two storages over one memory: the one that is lent becomes copy-on-write, the other one stays writable.
         self._own = torch.from_numpy(memory.numpy()).view(rows.dtype).view(room, size)
         self._lent = memory.view(rows.dtype).view(room, size)
-        self._room, self._text = room, b""
+        self._room = room

@@ -26,15 +26,15 @@ def opcodes(code: CodeType) -> bytes:
     return code.co_code
 
 
-def stopped(call: Callable[[], object], at: int) -> bool:
-    """Whether a call came to the ``at``-th place in the cache's code where Python would handle a signal, and was
-    stopped there: behind a call, at the beginning of a function, and where a loop turns.
+def stopped(call: Callable[[], object], at: int, where: str = "/kvpass/cache/") -> bool:
+    """Whether a call came to the ``at``-th place in this code where Python would handle a signal, and was stopped
+    there: behind a call, at the beginning of a function, and where a loop turns.
     """
     left, before = at, dict[FrameType, str]()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if "/kvpass/cache/" not in frame.f_code.co_filename:
+        if where not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
