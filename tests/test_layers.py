@@ -19,6 +19,7 @@ LEVELS = {
     "ir": 0,
     "errors": 0,
     "config": 0,
+    "forked": 0,
     "analysis": 1,
     "cache": 1,
     "kernels": 1,
@@ -41,12 +42,13 @@ OPEN = {
     "ir": {"errors", "config"},
     "errors": {"ir", "config"},
     "config": {"ir", "errors"},
+    "forked": set(),
     "progress": {"errors"},
     "analysis": {"ir", "errors", "config"},
-    "cache": {"ir", "errors", "config"},
+    "cache": {"ir", "errors", "config", "forked"},
     "kernels": {"ir", "errors", "config"},
     "transforms": {"ir", "errors", "config", "analysis"},
-    "lowering": {"ir", "errors", "config", "progress", "kernels"},
+    "lowering": {"ir", "errors", "config", "forked", "progress", "kernels"},
 }
 NO_TORCH = {"cache.blocks", "cache.prefix", "cache.eviction"}
 BANNED = {"kernels", "lowering"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Flight:
 
     Attributes:
         lease: a weak reference to what the caller holds; None before there is one.
+        thread: that began it, and ends it.
     """
 
     batch: int
@@ -39,6 +41,7 @@ class Flight:
     open: bool = True
     stored: bool = False
     lease: Callable[[], object] | None = None
+    thread: int = field(default_factory=threading.get_ident)
 
     @property
     def lost(self) -> bool:

@@ -18,9 +18,10 @@ from kvpass.cache.pools import SlotSpec
 from kvpass.cache.prefix import Chain, Match, Node, root_digest
 from kvpass.cache.residents import Residents
 from kvpass.cache.stats import CacheStats, SlotStats
+from kvpass.forked import Locked
 
 
-class Cache:
+class Cache(Locked):
     """Rows that programs have computed, found again by the contents of the inputs. Safe to use from several threads.
 
     Args:
@@ -44,6 +45,7 @@ class Cache:
         salt: str | bytes | None = None,
         poison: bool = False,
     ) -> None:
+        super().__init__()
         if isinstance(page_size, bool) or not isinstance(page_size, int):
             raise TypeError(f"page_size must be an int, not {type(page_size).__name__}: {page_size!r}")
         if page_size < 1:
@@ -56,7 +58,6 @@ class Cache:
         self._salt = salt.encode() if isinstance(salt, str) else salt
         self._budget = Budget(parse_capacity(capacity))
         self._residents = self._nobody()
-        self._lock = threading.Lock()
         self._home: dict[bytes, Bundle] = {}
         self._tables: WeakValueDictionary[tuple[SlotSpec, ...], SlotTable] = WeakValueDictionary()
         self._flights: set[Flight] = set()
@@ -250,6 +251,11 @@ class Cache:
         for flight in [flight for flight in self._flights if flight.lost]:
             self._land(flight, publish=False)
 
+    def _forked(self) -> None:
+        for flight in self._flights:
+            if flight.lease is not None and flight.thread != threading.get_ident():
+                flight.lease = _dropped
+
     def _change(self) -> None:
         """Begin a change, of which whoever holds the lock says the end.
 
@@ -340,6 +346,10 @@ class Cache:
             self._end_lost()
             self._changing = False
             audit(self._bundles(), self._flights, self._residents, self.page_size)
+
+
+def _dropped() -> None:
+    """What is left of a lease whose thread is not there."""
 
 
 def _check_call(cache: Cache, table: SlotTable, keys: Sequence[bytes], width: int, limit: int) -> int:

@@ -28,7 +28,7 @@ from kvpass import errors
 from kvpass.analysis.repeats import comparable
 from kvpass.analysis.sweep import sym
 from kvpass.analysis.table import RULES
-from kvpass.lowering.tape.trace import tracing
+from kvpass.lowering.tape import trace
 
 _TRIED = 24  # ops before which a graph may be cut: the cheapest one is taken
 _WORTH = 0.7  # of the ops of a graph, still to be traced
@@ -99,7 +99,7 @@ def _to_aten(
 ) -> fx.GraphModule:
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
-        with tracing, torch.no_grad(), warnings.catch_warnings():
+        with trace.tracing, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
             module, signature = aot_export_module(
                 gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(spelled)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from kvpass.forked import in_child
+
 if TYPE_CHECKING:
     from kvpass.cache import Cache
 
@@ -22,5 +24,12 @@ def default_cache() -> Cache:
             _default = Cache()
         return _default
 
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+in_child(_forked)
 
 __all__ = ["default_cache"]

@@ -6,13 +6,13 @@ rows are read where they are, and whoever writes into a result, old or new, writ
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
+from kvpass.forked import Locked
 
-class Lender:
+
+class Lender(Locked):
     """The rows of one output for one text at a time.
 
     Args:
@@ -20,8 +20,8 @@ class Lender:
     """
 
     def __init__(self, axis: int) -> None:
+        super().__init__()
         self.axis = axis
-        self._lock = threading.Lock()
         self._name: bytes = b""
         self._text: bytes = b""
         self._room = 0

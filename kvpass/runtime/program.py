@@ -7,7 +7,6 @@ served from the cache runs the captured model as it was written.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from kvpass.analysis.facts import index
 from kvpass.analysis.identity import identities
 from kvpass.analysis.sweep import sym
 from kvpass.cache import Cache, Lease, SlotSpec, SlotTable
+from kvpass.forked import Locked
 from kvpass.ir import Captured, Input, Role, is_dense
 from kvpass.kernels.reference import evaluate
 from kvpass.runtime.keys import Keys
@@ -97,7 +97,7 @@ def _dense(plan: Plan) -> frozenset[int]:
     return frozenset(k for k, x in tensors.items() if is_dense([*map(sym, x.shape)], [*map(sym, x.stride())]))
 
 
-class Program:
+class Program(Locked):
     """What `torch.compile` calls.
 
     Args:
@@ -118,12 +118,12 @@ class Program:
         tiers: str = "auto",
         compare: bool = True,
     ) -> None:
+        super().__init__()
         self.captured, self.plain, self.cache, self._rebuild = captured, plain, cache, rebuild
         self._tiers, self._compare = tiers, compare
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
         self._forms = captured.of(Role.FORM)
-        self._lock = threading.Lock()
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
         self._check: Callable[[Sequence[Any]], bool] | None = None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from kvpass.forked import Locked
+
 Values = tuple[Any, ...]
 
 
-class Remembered:
+class Remembered(Locked):
     """Values by the contents of the context that they were computed from; the least recently used go first.
 
     Args:
@@ -23,11 +24,15 @@ class Remembered:
     """
 
     def __init__(self, capacity: int) -> None:
+        super().__init__()
         self.capacity = capacity
-        self.used = 0
         self.computed = 0
         self._held: OrderedDict[bytes, Values] = OrderedDict()
-        self._lock = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are kept."""
+        return sum(map(_bytes, self._held.values()))
 
     def get(self, name: bytes, compute: Callable[[], Values], lent: Sequence[Any]) -> Values:
         """The values of a context. One that is a view of an argument (``lent``) is copied: the caller may change it."""
@@ -43,9 +48,8 @@ class Remembered:
             self.computed += 1
             if size <= self.capacity and name not in self._held:
                 self._held[name] = values
-                self.used += size
                 while self.used > self.capacity:
-                    self.used -= _bytes(self._held.popitem(last=False)[1])
+                    self._held.popitem(last=False)
         return values
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import sym
+from kvpass.forked import Locked, in_child
 from kvpass.ir import Captured, Role
 from kvpass.lowering.build import NoCompiler
 from kvpass.lowering.tape import Operand, OutOfRange, Tape, Unexpected, Untraceable
@@ -151,7 +152,7 @@ class _Made:
     compared: bool = False
 
 
-class Steps:
+class Steps(Locked):
     """The tapes of one incremental graph.
 
     Args:
@@ -161,10 +162,10 @@ class Steps:
     """
 
     def __init__(self, captured: Captured, module: fx.GraphModule, slots: int, tiers: str, compare: bool) -> None:
+        super().__init__()
         self.module, self.tiers, self.compare = module, tiers, compare
         self._limits = limits(captured.module.graph)
         self.arguments = Arguments(captured, slots)
-        self._lock = threading.Lock()
         self._made: dict[Regime, list[_Made]] = {}
         self._pending: dict[Regime, Future[None]] = {}
         self._met: set[Regime] = set()
@@ -261,6 +262,13 @@ class Steps:
             self._say(f"a step could not be compiled, and runs op by op: {type(error).__name__}: {error}")
             return _Made(None, f"{type(error).__name__}: {error}")
 
+    def _forked(self) -> None:
+        """What was being compiled is compiled anew, and so is a tape that was running, whose memory is in use."""
+        self._pending.clear()
+        self._settling = None
+        for held in self._made.values():
+            held[:] = [made for made in held if made.tape is None or not made.tape.lock.locked()]
+
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
@@ -283,5 +291,14 @@ def _step_aside() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICER)
 
 
-# Its thread begins with the first compilation.
-_WORKER = ThreadPoolExecutor(1, thread_name_prefix="kvpass-compile", initializer=_step_aside)
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="kvpass-compile", initializer=_step_aside)
+
+
+def _forked() -> None:
+    global _WORKER
+    _WORKER = _worker()
+
+
+_WORKER = _worker()  # its thread begins with the first compilation
+in_child(_forked)

@@ -9,6 +9,7 @@ numpy's or a mapped file, takes no mark: `own` moves it.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits: tensors that share memory are moved one after the other
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 _epochs = itertools.count(1)
 Layout = tuple[object, ...]
 bearing: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]

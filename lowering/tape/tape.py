@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 from kvpass.ir import address
 from kvpass.lowering import build, cpp
 from kvpass.lowering.specialise import specialise
+from kvpass.lowering.tape import trace as tracer
 from kvpass.lowering.tape.plan import Host, Instruction, Planner, Product, is_value
-from kvpass.lowering.tape.trace import Operand, Traced, trace, tracing
+from kvpass.lowering.tape.trace import Operand, Traced, trace
 from kvpass.lowering.tape.words import CALLS, Value
 
 SOURCE = cpp.SOURCE.with_name("tape.cpp")
@@ -102,7 +103,7 @@ class Tape:
         hints: Mapping[sympy.Symbol, int],
         rows: sympy.Symbol | None = None,
     ) -> None:
-        with tracing:
+        with tracer.tracing:
             traced = trace(module, operands, hints)
             plan = Planner(module, traced, operands, rows)
         self._rows = None if plan.by_rows is None else plan.by_rows.places[traced.symbols[rows]]

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from kvpass.forked import in_child
 from kvpass.lowering import ops
 
 
@@ -63,6 +64,14 @@ class Traced:
 # For one thread at a time: PyTorch's mode of tracing before dispatch is one for the whole process, and takes sizes that
 # another thread computes with for those of its trace.
 tracing = threading.Lock()
+
+
+def _forked() -> None:
+    global tracing
+    tracing = threading.Lock()
+
+
+in_child(_forked)
 
 
 def trace(module: fx.GraphModule, operands: Sequence[Operand], hints: Mapping[sympy.Symbol, int]) -> Traced:
