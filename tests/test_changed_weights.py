@@ -298,6 +298,29 @@ def test_an_array_may_have_been_handed_out_before() -> None:
     assert held.unwatched == []
 
 
+def test_what_was_written_before_the_array_was_dropped_is_never_taken_for_what_it_was() -> None:
+    tensor = torch.zeros(1000, 8)
+    array = tensor.numpy()
+    held = Weights({"w": tensor})
+    array[517, 3] = 1
+    del array
+    assert not held.same((tensor,))
+    assert not held.same((tensor,))
+
+
+def test_reading_again_that_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(1000, 8)
+    array = tensor.numpy()
+    held = Weights({"w": tensor})
+    array[517, 3] = 1
+    del array
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "digest_of", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            held.same((tensor,))
+    assert not held.same((tensor,))
+
+
 def test_saving_is_no_change_and_leaves_the_mark() -> None:
     tensor, held = weight(1000, 8)
     for _ in range(6):

@@ -177,7 +177,12 @@ class Weights:
             if not self._untouched():
                 return False
             self._watch()
-            return all(digest_of(held[name]) == self.digests[name] for name in unwatched)
+            # Until they are read, and for ever where they are others, they are not what they were.
+            now, self._was = self._was, []
+            if not all(digest_of(held[name]) == self.digests[name] for name in unwatched):
+                return False
+            self._was = now
+            return True
 
     def changed(self, other: Weights) -> list[str]:
         """The constants whose contents differ from those of ``other``."""
