@@ -95,7 +95,7 @@ zoo: $(STAMPS)/kvpass
 	$(BIN)/python -m tests.zoo.census --attn sdpa,eager --jobs 2 --json zoo.json --markdown docs/conformance.md $(ARGS)
 
 soak: $(STAMPS)/kvpass $(STAMPS)/models $(STAMPS)/torchao
-	KVPASS_SOAK=$(MODELS_IN_SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
+	KVPASS_SOAK=$(MODELS_IN_SOAK) KVPASS_CXXFLAGS=-O3 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "soak or weights" -n 2 --dist worksteal $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-llama $(VENV)-openvino build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

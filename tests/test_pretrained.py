@@ -6,7 +6,7 @@ short, and the rest is checked in one plain forward, which gives what every step
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,14 @@ class Pretrained:
     def encode(self, text: str | list[str]) -> dict[str, Tensor]:
         self.tokenizer.padding_side = "left"
         return dict(self.tokenizer(text, return_tensors="pt", padding=isinstance(text, list)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_users_have_it() -> Iterator[None]:
+    """The compiler's own flags: other tests do without its optimisation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("KVPASS_CXXFLAGS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
