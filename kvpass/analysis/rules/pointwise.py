@@ -82,7 +82,7 @@ _OTHERS = (
 
 
 _BOUNDED = (
-    "sigmoid", "tanh", "sin", "cos", "erf", "erfc", "sign", "sgn", "atan", "hardtanh", "hardsigmoid", "relu6", "frac",
+    "sigmoid", "tanh", "sin", "cos", "erf", "erfc", "sign", "sgn", "atan", "hardsigmoid", "relu6", "frac",
     "special_expit",
 )  # fmt: skip
 
