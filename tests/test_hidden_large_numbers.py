@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, softplus
 
 import kvpass
-from tests.coverage.base import DEPTH, SIZE, Decoder, build, grid
+from tests.coverage.base import DEPTH, SIZE, VOCAB, Decoder, build, grid
 from tests.property.oracle import check_same
 from tests.test_coverage import texts
 from tests.test_hidden_faults import kinds, lengths
@@ -90,8 +90,61 @@ class Numbers(Decoder):
             "int64": lambda: score + later.long() * -(2**62) * 4,
             "power": lambda: score - (later.int() * 2) ** 32,
             "filled": lambda: score.masked_fill(j > i + 1 - 2 * half, -torch.inf),
+            "true": lambda: score.masked_fill(later & ~torch.full((len(i),), 0.5, dtype=torch.bool), -torch.inf),
             "range": lambda: score.masked_fill(between >= i + 1.5, -torch.inf),
         }[self.how]()
+        return self.merge(score.softmax(-1) @ v, layer)
+
+
+class Emptied(Decoder):
+    """Rows that keep no key by what the model knows, which is no padding: they are means over all rows."""
+
+    how = ""
+    layers = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        i, j = torch.arange(64)[:, None], torch.arange(64)
+        self.register_buffer("keep", (j < i) & ((i - j) % 2 == 1))
+        self.register_buffer("low", torch.where(self.keep, 0.0, -1e9))
+        self.register_buffer("tokens", torch.arange(VOCAB) < 3)
+        self.gate = nn.Linear(SIZE, 1)
+
+    def forward(self, ids: Tensor, *more: Any) -> Any:
+        return super().forward(ids, ids)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        rows, score = len(i), q @ k.mT * DEPTH**-0.5
+        if layer < self.layers - 1 and self.how not in ("sdpa", "softmax"):
+            return super().mix(x, layer)
+        weights = {
+            "sdpa": lambda: scaled_dot_product_attention(q, k, v, attn_mask=self.low[:rows, :rows]),
+            "softmax": lambda: self.low[:rows, :rows].softmax(-1) @ v,
+            "buffer": lambda: score.masked_fill(~self.keep[:rows, :rows], -1e9).softmax(-1) @ v,
+            "table": lambda: score.masked_fill((j > i) | ~self.tokens[more[0]][:, None, None], -1e9).softmax(-1) @ v,
+            "gate": lambda: score.masked_fill((j > i) | (self.gate(x).mT[:, None] < 0), -1e9).softmax(-1) @ v,
+        }[self.how]()
+        return self.merge(weights, layer)
+
+
+class Suppressed(Decoder):
+    """Tokens that nobody is to attend to, by a table of very negative numbers, beside a causal mask of such."""
+
+    layers = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("penalty", torch.where(torch.arange(VOCAB) < 20, -1e9, 0.0))
+
+    def forward(self, ids: Tensor, *more: Any) -> Any:
+        return super().forward(ids, ids)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score = q @ k.mT * DEPTH**-0.5 + self.penalty[more[0]][:, None, None] + torch.where(j > i, -1e9, 0.0)
         return self.merge(score.softmax(-1) @ v, layer)
 
 
@@ -135,8 +188,11 @@ CASES = [
         Undone, "heads", "layers", "factors", "mean", "sorted", "abs", "neg", "square", "other fill", "softplus"
     ),
     *kinds(
-        Numbers, "cut", "first", "made", "steps", "int32", "products", "int64", "power", "filled", "range"
+        Numbers, "cut", "first", "made", "steps", "int32", "products", "int64", "power", "filled", "range",
+        "true"
     ),
+    *kinds(Emptied, "sdpa", "softmax", "buffer", "table", "gate"),
+    *kinds(Suppressed, ""),
     *kinds(Convolved, "first", "last", "twice"),
     *kinds(Sorted, ""),
 ]  # fmt: skip

@@ -125,4 +125,7 @@ def _triangle(m: torch.Tensor, leaf: Callable[[], Value]) -> Value | None:
     fill = _value(above[0])
     if fill is None or not bool((above == above[0]).all()) or (Fill.of(fill) is None and fill != 1):
         return None
+    below = m.tril()
+    if m.dtype is not torch.bool and bool((below.abs() >= -NEGATIVE).any()):
+        return None  # another mask, in which rows may be empty
     return sympy.Piecewise((leaf(), sympy.Le(index(m.dim() - 1), index(m.dim() - 2))), (fill, True))

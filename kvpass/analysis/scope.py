@@ -100,7 +100,7 @@ class Axes:
     are rows ``-lead .. -1``, which depend on no row. ``laws`` gathers what is known of the leaf functions while a graph
     is swept; ``context`` says which of them are arguments without rows, by the name of the argument. ``flags``
     says the same of arguments of zeros and ones, and ``taken`` gathers the arguments for which it is used. ``bounds``
-    gathers how large the entries behind leaf functions may be.
+    gathers how large the entries behind leaf functions may be, ``learnt`` those that weights or buffers enter.
     """
 
     seq: sympy.Symbol
@@ -111,6 +111,7 @@ class Axes:
     flags: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     bounds: dict[str, int] = field(default_factory=dict)
+    learnt: set[str] = field(default_factory=set)
 
     def start(self, size: Expr) -> Expr:
         """The row of the first entry of a new axis along the sequence."""

@@ -20,7 +20,7 @@ from kvpass import errors
 from kvpass.analysis import rounding
 from kvpass.analysis.buffers import closed_form
 from kvpass.analysis.expressions import Value, constant
-from kvpass.analysis.facts import Atom, Expr, Fact, Fill, Kind, index, leaf_name
+from kvpass.analysis.facts import NEGATIVE, Atom, Expr, Fact, Fill, Kind, index, leaf_name
 from kvpass.analysis.forms import leaf_of, leaf_value, settle
 from kvpass.analysis.repeats import Repeats
 from kvpass.analysis.rules.opaque import of_context_alone, opaque
@@ -167,6 +167,8 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     inputs = {i.name: i for i in captured.inputs}
     repeats = Repeats()
     for node in captured.module.graph.nodes if upto is None else ancestry(upto):
+        if _is_learnt(node, captured, inputs, axes):
+            axes.learnt.add(leaf_name(node.name))
         try:
             step = _step(node, steps, captured, inputs, axes, repeats)
         except errors.Refusal as refusal:
@@ -175,6 +177,16 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
         if step is not None:
             steps[node] = step
     return Analyzed(captured, steps, repeats.kinds, frozenset(axes.taken))
+
+
+def _is_learnt(node: fx.Node, captured: Captured, inputs: Mapping[str, Input], axes: Axes) -> bool:
+    """True of weights and buffers, of more than one entry, and of what they enter."""
+    if node.op == "placeholder":
+        return inputs[node.name].role is Role.CONSTANT and captured.constants[node.name].numel() > 1
+    if node.op == "get_attr":
+        tensor = attribute(captured.module, str(node.target))
+        return isinstance(tensor, torch.Tensor) and tensor.numel() > 1
+    return any(leaf_name(operand.name) in axes.learnt for operand in node.all_input_nodes)
 
 
 def _numbers(captured: Captured) -> set[str]:
@@ -283,7 +295,15 @@ def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
     expr = closed_form(tensor, lambda: leaf_of(node, fact)) if tensor.numel() != 1 else _one_number(node, tensor)
     if expr is None and tensor.dim() <= 4 and not tensor.is_floating_point() and not tensor.is_complex():
         return fact.with_expr(leaf_value(node, fact))
-    return fact.with_expr(expr)
+    return replace(fact, expr=expr, large=expr is None and _is_large(tensor))
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    """True of a table in which numbers stand that are as large as what masks are filled with."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    least, most = torch.aminmax(tensor.detach())
+    return bool(least <= NEGATIVE or most >= -NEGATIVE)
 
 
 def _one_number(node: fx.Node, tensor: torch.Tensor) -> Value | None:

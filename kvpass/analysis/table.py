@@ -282,7 +282,8 @@ def _without(op: Op, parts: Parts, gone: list[Label]) -> tuple[Boolean, Fill | N
 def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolean, fill: Fill | None) -> None:
     """With a finite fill a row that keeps no key turns into a mean over all keys: require row i to keep its own.
 
-    Where only the caller's data can empty the row (padding), such rows are marked meaningless instead.
+    Where only the caller's data can empty the row (padding), such rows are marked meaningless instead; what weights or
+    buffers have a part in is no padding.
     """
     if fill is not Fill.NEG or i is None:
         return
@@ -292,7 +293,8 @@ def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolea
     for term in sympy.And.make_args(simplify(diagonal)):
         if term == sympy.true:
             continue
-        if term.atoms(sympy.core.function.AppliedUndef):
+        leaves = term.atoms(AppliedUndef)
+        if leaves and not any(leaf.func.__name__ in scope.axes.learnt for leaf in leaves):
             parts.valid = sympy.And(parts.valid, term)
         else:
             when = "" if term == sympy.false else f" ({pretty(scope, sympy.Not(term))})"

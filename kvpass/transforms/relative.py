@@ -214,15 +214,15 @@ class _Turned:
     make: Callable[..., fx.Node]
     rows: sympy.Symbol
     count: fx.Node
-    known: dict[tuple[fx.Node, int], fx.Node | None] = field(default_factory=dict)
+    known: dict[tuple[fx.Node, int, sympy.Expr], fx.Node | None] = field(default_factory=dict)
 
     def of(self, x: fx.Node, axis: int, last: sympy.Expr) -> fx.Node | None:
         """None where it is not known how."""
-        if (x, axis) not in self.known:
+        if (x, axis, last) not in self.known:
             made = self._made(x, axis, last)
             fits = made is not None and _shape(made) == [self.rows if k == axis else d for k, d in enumerate(_shape(x))]
-            self.known[x, axis] = made if fits else None
-        return self.known[x, axis]
+            self.known[x, axis, last] = made if fits else None
+        return self.known[x, axis, last]
 
     def _made(self, x: fx.Node, axis: int, last: sympy.Expr) -> fx.Node | None:
         args, size = arguments(x), _shape(x)[axis]

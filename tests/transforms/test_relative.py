@@ -108,6 +108,14 @@ class EndOfATable(Shifted):
         return self.table.weight[-s:]
 
 
+class Smoothed(Shifted):
+    """Each vector the mean of two neighbours of one table: two places of it are turned."""
+
+    def places(self, s: int) -> Tensor:
+        table = self.table.weight
+        return (table[2 * LONGEST - 1 - s :] + table[2 * LONGEST - 2 - s : -1]) / 2
+
+
 class BothSides(Shifted):
     """From ``s - 1`` to ``1 - s``."""
 
@@ -169,8 +177,8 @@ class Quotients(Shifted):
 
 
 PROVEN = [
-    Shifted, Joined, WithoutHeads, RowsAndKeysFirst, OfATable, Clamped, EndOfATable, BothSides, MiddleOfATable,
-    FlatMeanwhile, WithoutPadding, Window, FiniteMask, Quotients,
+    Shifted, Smoothed, Joined, WithoutHeads, RowsAndKeysFirst, OfATable, Clamped, EndOfATable, BothSides,
+    MiddleOfATable, FlatMeanwhile, WithoutPadding, Window, FiniteMask, Quotients,
 ]  # fmt: skip
 
 

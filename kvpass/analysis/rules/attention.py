@@ -82,8 +82,8 @@ def _kept(op: Op, lead: list[list[Label]], rows: list[Label], keys: list[Label])
             elif scope.size(mine) != 1:
                 axes[-k][:] = scope.pair(list(mine), other, [x for x in op.operands if x is not mask], mask)
         known = op.known(mask)
-        if any(x.fact.large for x in op.operands[:2]) or mask.fact.large:
-            known = known if mask.fact.dtype is torch.bool else None
+        if mask.fact.fill is Fill.NEG and any(x.fact.large for x in (*op.operands[:2], mask)):
+            known = None
         if known is not None and (mask.fact.dtype is torch.bool or known[1] is not Fill.ZERO):
             support, fill = known[0], Fill.NEG_INF if mask.fact.dtype is torch.bool else known[1]
     if op.arg(5, "is_causal", False):

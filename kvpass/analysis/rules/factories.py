@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 def _filled(op: Op, value: Any) -> Out:
     dims = [op.scope.fresh(size, bcast=True) for size in op.shape]
-    whole = not (op.dtypes[0].is_floating_point or op.dtypes[0].is_complex)
+    whole = not (op.dtypes[0].is_floating_point or op.dtypes[0].is_complex or op.dtypes[0] is torch.bool)
     expr: Value | None = constant(int(value) if whole and isinstance(value, float) and math.isfinite(value) else value)
     if expr is not None and op.dtypes[0] is torch.bool:
         expr = boolean(expr)
