@@ -300,9 +300,13 @@ def _constant_fact(node: fx.Node, tensor: torch.Tensor) -> Fact:
 
 def _is_large(tensor: torch.Tensor) -> bool:
     """True of a table in which numbers stand that are as large as what masks are filled with."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    dtype = tensor.dtype
+    if not tensor.numel() or not dtype.is_floating_point or dtype is torch.float4_e2m1fn_x2:  # which has no `finfo`
         return False
-    least, most = torch.aminmax(tensor.detach())
+    if torch.finfo(dtype).max < -NEGATIVE:
+        return False
+    given = tensor.detach()
+    least, most = torch.aminmax(given.float() if dtype.itemsize == 1 else given)
     return bool(least <= NEGATIVE or most >= -NEGATIVE)
 
 
