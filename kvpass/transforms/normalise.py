@@ -23,7 +23,7 @@ from kvpass.transforms.masked import in_order
 from kvpass.transforms.normalisers import respelled
 from kvpass.transforms.relative import looked_up
 from kvpass.transforms.sinks import separate
-from kvpass.transforms.spell import JOINS, SPLITS, call, replace
+from kvpass.transforms.spell import JOINS, PADS, SPLITS, call, replace, size_of
 from kvpass.transforms.streams import stacked
 from kvpass.transforms.writes import joined
 
@@ -37,7 +37,6 @@ _IDENTITIES = (
     aten.contiguous.default,
     aten.positive.default,
 )
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 ASSERTIONS = (aten._assert_tensor_metadata.default,)
 
@@ -90,8 +89,8 @@ def is_identity(node: fx.Node) -> bool:
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor):
         source, result = arguments(node)[0].meta["val"], node.meta["val"]
         return [sym(d) for d in source.shape] == [sym(d) for d in result.shape]
-    if node.target in _PADS:
-        return all(sym(size.meta["val"] if isinstance(size, fx.Node) else size) == 0 for size in arguments(node)[1])
+    if node.target in PADS:
+        return all(size_of(size) == 0 for size in arguments(node)[1])
     return False
 
 

@@ -24,7 +24,7 @@ from torch import fx
 from kvpass.analysis.kept import only_where
 from kvpass.analysis.sweep import arguments, dim_of, sym
 from kvpass.transforms.alike import RESHAPES, SIZED, axis_of
-from kvpass.transforms.spell import JOINS, PADS, call, filled, named, replace, sizes
+from kvpass.transforms.spell import JOINS, PADS, call, filled, named, replace, size_of, sizes
 
 aten = torch.ops.aten
 
@@ -148,9 +148,7 @@ class _Moved:
         """Of a polynomial: ``i = j + below``, ``s = i + 1 + behind``; no coefficient is negative then."""
         inside = sympy.sympify(value).subs({self.rows: _I + 1 + _BEHIND}).subs({_I: _J + _BELOW})
         inside = sympy.expand(inside)
-        if not inside.free_symbols <= {_J, _BELOW, _BEHIND}:
-            return False
-        if not inside.is_polynomial(_J, _BELOW, _BEHIND):
+        if not inside.free_symbols <= {_J, _BELOW, _BEHIND} or not inside.is_polynomial(_J, _BELOW, _BEHIND):
             return False
         return all(c.is_nonnegative for c in sympy.Poly(inside, _J, _BELOW, _BEHIND).coeffs())
 
@@ -163,20 +161,16 @@ def _product(sizes: list[Any]) -> Any:
     return sympy.expand(sympy.Mul(*sizes))
 
 
-def _number(given: Any) -> Any:
-    return sym(given.meta["val"] if isinstance(given, fx.Node) else given)
-
-
 def _progression(arange: fx.Node) -> tuple[Any, Any]:
     """Its first number, and what each is more than the one before."""
-    numbers = [_number(a) for a in arguments(arange)]
+    numbers = [size_of(a) for a in arguments(arange)]
     return numbers[0] if len(numbers) > 1 else sympy.Integer(0), numbers[2] if len(numbers) > 2 else sympy.Integer(1)
 
 
 def _start(node: fx.Node) -> Any:
     """Where a slice begins, counted from the first entry."""
     given = named(node)
-    start, x = _number(given["start"] or 0), given["self"]
+    start, x = size_of(given["start"] or 0), given["self"]
     return start + _shape(x)[given["dim"] % x.meta["val"].dim()] if start.is_negative else start
 
 
@@ -185,7 +179,7 @@ def _padded(node: fx.Node) -> tuple[int, Any] | None:
     given = named(node)
     if filled(node) is None:
         return None
-    pads = [_number(p) for p in given["pad"]]
+    pads = [size_of(p) for p in given["pad"]]
     axes = [k for k in range(len(pads) // 2) if pads[2 * k] != 0 or pads[2 * k + 1] != 0]
     return (node.meta["val"].dim() - 1 - axes[0], pads[2 * axes[0]]) if len(axes) == 1 else None
 
@@ -239,10 +233,9 @@ class _Turned:
 
     def _arange(self, x: fx.Node, last: sympy.Expr) -> fx.Node | None:
         """``start + step * (last - t)``, in integers and in floats that are ones."""
-        start, step = _progression(x)
-        if not all(sympy.nsimplify(n).is_integer for n in (start, step)):
+        (start, step), value = map(sympy.nsimplify, _progression(x)), x.meta["val"]
+        if not (start.is_integer and step.is_integer):
             return None
-        start, step, value = sympy.nsimplify(start), sympy.nsimplify(step), x.meta["val"]
         first = self._size(sympy.expand(start + step * last))
         if first is None:
             return None

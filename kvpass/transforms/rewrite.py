@@ -320,22 +320,19 @@ class Builder:
         fact = self.analyzed.fact(slot.node)
         if slot.batch is None:
             return self._for_each_text(slot, value)
-        batch = [slot.batch]
-        before = [d for d in range(slot.row) if d not in batch]
-        after = [d for d in range(slot.row + 1, len(fact.dims)) if d not in batch]
-        order = [*before, *batch, slot.row, *after]
+        before = [d for d in range(slot.row) if d != slot.batch]
+        after = [d for d in range(slot.row + 1, len(fact.dims)) if d != slot.batch]
+        order = [*before, slot.batch, slot.row, *after]
         if order != list(range(len(order))):
             value = self.call(aten.permute.default, value, order)
         return self.call(aten.reshape.default, value, [*slot.before, -1, *slot.after])
 
     def _for_each_text(self, slot: Slot, value: fx.Node) -> fx.Node:
         """Rows that are the same in every sequence: as many times as there are sequences."""
+        axis, texts = len(slot.before), self.number(self.analyzed.captured.batch)
         rows = self.call(aten.reshape.default, value, [*slot.before, 1, -1, *slot.after])
-        kept = [-1] * (len(slot.before) + 1 + len(slot.after))
-        kept.insert(len(slot.before), self.number(self.analyzed.captured.batch))
-        return self.call(
-            aten.flatten.using_ints, self.call(aten.expand.default, rows, kept), len(slot.before), len(slot.before) + 1
-        )
+        rows = self.call(aten.expand.default, rows, [*slot.before, texts, -1, *slot.after])
+        return self.call(aten.flatten.using_ints, rows, axis, axis + 1)
 
     def read(self, slot: Slot) -> fx.Node:
         """All rows of a slot, in the captured axes."""
@@ -348,10 +345,9 @@ class Builder:
         fact = self.analyzed.fact(slot.node)
         if slot.batch is None:  # the same in every sequence
             dense = self.call(aten.slice.Tensor, dense, 0, 0, 1)
-        if slot.batch in (None, 0):
-            return self.call(aten.reshape.default, dense, self.sizes(fact, frozenset(fact.wide)))
-        sizes = self.sizes(fact, frozenset(fact.wide))
-        batch = slot.batch or 0
+        sizes, batch = self.sizes(fact, frozenset(fact.wide)), slot.batch
+        if not batch:
+            return self.call(aten.reshape.default, dense, sizes)
         lead = [sizes[batch], *sizes[:batch], *sizes[batch + 1 :]]
         return self.call(aten.movedim.int, self.call(aten.reshape.default, dense, lead), 0, batch)
 

@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from kvpass.analysis.sweep import sym
 from kvpass.ir import by_name
 
 aten = torch.ops.aten
@@ -29,6 +30,11 @@ def filled(pad: fx.Node) -> Any:
     """The number that one of `PADS` puts around its operand; None where it repeats entries."""
     given = named(pad)
     return (given["value"] or 0) if given.get("mode", "constant") == "constant" else None
+
+
+def size_of(given: Any) -> Any:
+    """A size that a call is given, a number or a value of the graph, as sympy."""
+    return sym(given.meta["val"] if isinstance(given, fx.Node) else given)
 
 
 def call(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

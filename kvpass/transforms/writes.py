@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import JOINS, call, named, replace
+from kvpass.transforms.spell import JOINS, call, named, replace, size_of
 
 aten = torch.ops.aten
 _LAST = 2**63 - 1
@@ -132,7 +132,7 @@ def _scatter_first_rows(graph: fx.Graph, node: fx.Node, dim: int) -> None:
         return
     if "index" not in given:
         end, count = given.get("end"), sym(new.meta["val"].shape[dim])
-        if end is None or sym(end.meta["val"] if isinstance(end, fx.Node) else end) != start + count:
+        if end is None or size_of(end) != start + count:
             return
     behind = value.dim() - 1 - dim
     with graph.inserting_before(node), value.fake_mode:
