@@ -19,9 +19,9 @@ from torch import fx
 from kvpass import errors
 from kvpass.analysis import laws, rounding, shifts
 from kvpass.analysis.expressions import LIMIT, Value, branches, chosen, constant, is_boolean, join
-from kvpass.analysis.facts import HALF, NEGATIVE, Atom, Cause, Fact, Fill, Kind, Shift, index, leaf_name
+from kvpass.analysis.facts import HALF, Atom, Cause, Fact, Fill, Kind, Shift, index, leaf_name
 from kvpass.analysis.scope import Axes
-from kvpass.analysis.table import lowest, support_of
+from kvpass.analysis.table import extremes, lowest, support_of
 
 
 def settle(fact: Fact, node: fx.Node, axes: Axes) -> Fact:
@@ -166,8 +166,7 @@ def _as_held(expr: Value, dtype: torch.dtype) -> Value:
 
 def _is_large(expr: Value, fill: Fill | None) -> bool:
     """True where numbers stand in a form that are as large as what masks are filled with, and are not known as that."""
-    values = [value for value, _ in branches(expr) if value.is_number and not is_boolean(expr)]
-    return any(abs(value) >= -NEGATIVE and Fill.of(value) not in (fill, Fill.NEG_INF) for value in values)
+    return any(Fill.of(value) not in (fill, Fill.NEG_INF) for value in extremes(expr))
 
 
 def _rounds(fact: Fact, expr: Value, axes: Axes) -> bool:

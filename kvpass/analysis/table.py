@@ -148,6 +148,12 @@ def support_of(value: Value) -> tuple[Boolean, Fill] | None:
     return None
 
 
+def extremes(value: Value) -> list[Value]:
+    """The numbers in a closed form that are as large as what masks are filled with, of either sign."""
+    numbers = () if is_boolean(value) else (val for val, _ in branches(value) if val.is_number)
+    return [val for val in numbers if abs(val) >= -NEGATIVE]
+
+
 def lowest(value: Value) -> float:
     """What the very negative branches of a closed form are at most."""
     values = [val for val, _ in branches(value) if val.is_number]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,16 +101,16 @@ class Arguments:
         return replace(self.replaced(values, length, -by), values={**kept, **values})
 
     def _shorter(self, name: str, value: Any, by: int) -> Any:
-        leaves, spec = pytree.tree_flatten(value)
-        for k, axes in enumerate(self._rows[name]):
-            if axes is None:
-                raise errors.InputError(
-                    f"nothing says whether {name} has an entry for each row: say rewind({by}, {name}=...) with what "
-                    "belongs to the shorter text"
-                )
+        def cut(leaf: Any, axes: tuple[int, ...]) -> Any:
             for axis in axes:
-                leaves[k] = leaves[k].narrow(axis, 0, leaves[k].shape[axis] - by)
-        return pytree.tree_unflatten(leaves, spec)
+                leaf = leaf.narrow(axis, 0, leaf.shape[axis] - by)
+            return leaf
+
+        unknown = (
+            f"nothing says whether {name} has an entry for each row: say rewind({by}, {name}=...) with what belongs to "
+            "the shorter text"
+        )
+        return _each(value, self._rows[name], cut, unknown)
 
     def _rows_of(
         self, name: str, value: Any, own: Sequence[bool | None], length: int | None, by: int
@@ -133,16 +133,11 @@ class Arguments:
         return replace(self, values=chosen, batch=len(at))
 
     def _chosen(self, name: str, value: Any, at: Tensor) -> Any:
-        leaves, spec = pytree.tree_flatten(value)
-        for k, own in enumerate(self._own[name]):
-            if own is None:
-                raise errors.InputError(
-                    f"{name} has as many entries as there are texts ({self.batch}), and nothing says whether there is "
-                    f"one for each: say per_text=[{name!r}], or per_text=[] where all texts share it"
-                )
-            if own:
-                leaves[k] = leaves[k][at.to(leaves[k].device)]
-        return pytree.tree_unflatten(leaves, spec)
+        unknown = (
+            f"{name} has as many entries as there are texts ({self.batch}), and nothing says whether there is one for "
+            f"each: say per_text=[{name!r}], or per_text=[] where all texts share it"
+        )
+        return _each(value, self._own[name], lambda leaf, own: leaf[at.to(leaf.device)] if own else leaf, unknown)
 
     def _is_own(self, name: str, leaf: Any) -> bool | None:
         if not isinstance(leaf, Tensor) or (self.per_text is not None and name not in self.per_text):
@@ -157,6 +152,23 @@ class Arguments:
         if not fits or leaf.dim() > 1 or not leaf.is_floating_point():
             return fits
         return None if self.batch > 1 else False  # a scale of each text, or a bias that is as long by chance
+
+
+T = TypeVar("T")
+
+
+def _each(value: Any, told: Sequence[T | None], change: Callable[[Any, T], Any], unknown: str) -> Any:
+    """Every tensor of an argument, changed by what is known of it.
+
+    Raises:
+        InputError: of one nothing is known.
+    """
+    leaves, spec = pytree.tree_flatten(value)
+    for k, known in enumerate(told):
+        if known is None:
+            raise errors.InputError(unknown)
+        leaves[k] = change(leaves[k], known)
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _unknown(leaf: Any, own: bool, length: int | None) -> tuple[int, ...] | None:

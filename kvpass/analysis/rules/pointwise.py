@@ -17,7 +17,7 @@ from kvpass.analysis.expressions import Value, apply, boolean, branches, compare
 from kvpass.analysis.facts import MASKS, NEGATIVE, Fill, Shift
 from kvpass.analysis.kept import only_where
 from kvpass.analysis.scope import Operand, Parts
-from kvpass.analysis.table import Op, Out, expression, rule, support_of
+from kvpass.analysis.table import Op, Out, expression, extremes, rule, support_of
 
 aten = torch.ops.aten
 
@@ -214,9 +214,8 @@ def _sum_is_large(op: Op) -> tuple[bool, bool]:
             large = large or a.fact.large or (k == 1 and _name(op) == "sub" and a.fact.fill is Fill.NEG)
             lowered = lowered or a.fact.fill is Fill.NEG
         elif term is not None:
-            numbers = [val for val, _ in branches(number(term)) if val.is_number and abs(val) >= -NEGATIVE]
-            large = large or any(Fill.of(val) not in MASKS for val in numbers)
-            lowered = lowered or any(Fill.of(val) is Fill.NEG for val in numbers)
+            fills = [Fill.of(val) for val in extremes(term)]
+            large, lowered = large or any(fill not in MASKS for fill in fills), lowered or Fill.NEG in fills
     return large, lowered
 
 
