@@ -338,6 +338,8 @@ class TransformerXl(Decoder):
 class RelativeShift(TransformerXl):
     """The same, counted from the end, and the scores shifted by a view, as Dai et al. wrote it."""
 
+    bytes_per_row = 3 * SIZE * 4  # keys, values, and the vector of a distance
+
     def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
         q, k, v = self.project(x, layer)
         s = x.shape[1]
@@ -474,6 +476,8 @@ POSITIONS = (
     ShawOfKeys,
     TransformerXl,
     RelativeShift,
+    RelativeShiftOfBothSides,
+    MusicTransformer,
     Deberta,
     RepeatedForTheBatch,
     FirstRowsWritten,
