@@ -60,6 +60,8 @@ class Undone(Decoder):
             "neg": lambda: (e + (-e) + score).softmax(-1),
             "square": lambda: (score.masked_fill(j > i, -1e4) + e.clamp(min=-1e4) ** 2 * 1e-3).softmax(-1),
             "other fill": lambda: (e + score.abs().masked_fill(j > i, 1e9)).softmax(-1),
+            "value": lambda: (e + torch.addcmul(score * 0, score, score, value=1e9)).softmax(-1),
+            "baddbmm": lambda: (e + torch.baddbmm(score[:, 0], q[:, 0], k[:, 0].mT, alpha=-1e9)[:, None]).softmax(-1),
             "softplus": lambda: softplus(score.masked_fill(j > i, -1e4), threshold=-1e6) * 1e-4,
         }[self.how]()
         return self.merge(weights @ v, layer)
@@ -185,7 +187,8 @@ class Sorted(Decoder):
 CASES = [
     *kinds(OfHeads, "softmax", "by hand", "logsumexp", "log_softmax"),
     *kinds(
-        Undone, "heads", "layers", "factors", "mean", "sorted", "abs", "neg", "square", "other fill", "softplus"
+        Undone, "heads", "layers", "factors", "mean", "sorted", "abs", "neg", "square", "other fill", "value",
+        "baddbmm", "softplus"
     ),
     *kinds(
         Numbers, "cut", "first", "made", "steps", "int32", "products", "int64", "power", "filled", "range",
@@ -266,6 +269,57 @@ def test_a_number_of_the_call_may_be_of_any_size(how: str, far: int) -> None:
     for first in (3, 4, 5, far):
         for ids in lengths():
             check_same(fast, model, [ids, first])
+
+
+class Times(Decoder):
+    """Times of the call, one for each row, that make scores larger than a mask of finite numbers."""
+
+    how = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes, self.one = nn.Parameter(torch.tensor([1.5, 0.7])), nn.Linear(1, 2)
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        score, later, t = q @ k.mT * DEPTH**-0.5, j > i, more[0]
+        masked, low = score.masked_fill(later, -1e9), torch.where(later, -1e9, 0.0)
+        gap, slopes = (t[:, None] - t[:, :, None])[:, None].float(), self.slopes[:, None, None]
+        t = t.float()
+        place = torch.stack((t, t * 0.5, t - 1), -1)[:, None]
+        score = {
+            "slopes": lambda: masked + gap * slopes,
+            "einsum": lambda: masked + torch.einsum("bij,h->bhij", gap[:, 0], self.slopes),
+            "linear": lambda: masked + self.one(gap[:, 0, :, :, None]).movedim(-1, 1),
+            "mean": lambda: masked + (gap - gap.mean(1, True) * 0.5) * slopes,
+            "kept": lambda: (score - t.abs()[:, None, None] * 1e2).masked_fill(later, -1e9),
+            "places": lambda: masked + place @ place.mT,
+            "baddbmm": lambda: (
+                score + torch.baddbmm(low.expand(len(x), -1, -1), t[:, :, None], t[:, None] * self.slopes[0])[:, None]
+            ),
+            "squares": lambda: masked + ((t - t[:, :1])[:, None, None] * slopes) ** 2,
+            "sums": lambda: masked + more[0].cumsum(-1).float()[:, None, None] * slopes,
+            "sdpa": lambda: low + gap * slopes,
+        }[self.how]()
+        if self.how == "sdpa":
+            return self.merge(scaled_dot_product_attention(q, k, v, attn_mask=score), layer)
+        return self.merge(score.softmax(-1) @ v, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=["integers", "floats"])
+@pytest.mark.parametrize(
+    "how", ["slopes", "einsum", "linear", "mean", "kept", "places", "baddbmm", "squares", "sums", "sdpa"]
+)
+@torch.no_grad()
+def test_times_that_undo_a_mask(how: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(Times)
+    model.how = how  # type: ignore[assignment]
+    fast = compiled(model)
+    for ids in lengths():
+        times = (torch.arange(ids.shape[1]) * 10**8 + 7).expand(len(ids), -1).to(dtype)
+        check_same(fast, model, [ids, times])
+    assert "numbers of any size (L['more'][0])" in caplog.text
 
 
 class Documents(Decoder):

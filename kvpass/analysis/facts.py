@@ -139,11 +139,13 @@ class Fact:
         together: why it depends on the contexts of other sequences of the batch, or on its own place among them: such
             a row is known by the contexts of the whole batch.
         expr: closed form over ``index(k)`` and over the leaf functions of bool and integer values.
-        raw: its entries are those of floats that the caller passes, moved or combined entry by entry: of any size.
+        raw: arguments whose numbers, which may be of any size, its entries are made of: moved, combined entry by entry,
+            or summed. What a projection makes of features is a score, and of ordinary size.
         rounded: its entries are the closed form but for rounding: nothing can be told of what they decide.
         support, fill: outside ``support`` an entry is ``fill``.
         low: a very negative entry is at most this.
         large: other entries may be of that size as well, of either sign: they are made of such, or of large numbers.
+        undone: why very negative entries that it is made of count for nothing.
         valid: entries outside it are meaningless in any implementation (fully masked rows of padding).
     """
 
@@ -160,11 +162,12 @@ class Fact:
     together: Cause | None = None
     expr: sympy.Basic | None = None
     rounded: bool = False
-    raw: bool = False
+    raw: frozenset[str] = frozenset()
     support: Boolean = field(default=sympy.true)
     fill: Fill | None = None
     low: float = NEGATIVE
     large: bool = False
+    undone: str | None = None
     valid: Boolean = field(default=sympy.true)
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = Shift()

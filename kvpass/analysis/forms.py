@@ -7,7 +7,6 @@ uninterpreted function of its indices, a leaf.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import sympy
@@ -149,13 +148,13 @@ def _decided_by_flags(expr: Value, axes: Axes) -> bool:
 
 
 def _as_held(expr: Value, dtype: torch.dtype) -> Value:
-    """The closed form with its numbers rounded to a dtype, but for those that it does not hold."""
+    """The closed form with its numbers rounded to a dtype: what it does not hold becomes an infinity."""
 
     def held(value: Value) -> Value:
         if not value.is_number or not value.is_real:
             return value
         rounded = torch.tensor(float(value), dtype=dtype).item()
-        return value if math.isinf(rounded) else constant(rounded) or value
+        return constant(rounded) or value
 
     parts = branches(expr)
     rounded = [held(value) for value, _ in parts]

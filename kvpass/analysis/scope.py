@@ -70,12 +70,13 @@ class Parts:
     together: Cause | None = None
     expr: Value | None = None
     rounded: bool = False
-    raw: bool = False
+    raw: frozenset[str] = frozenset()
     support: Boolean = sympy.true
     fill: Fill | None = None
     low: float | None = None
     large: bool = False
     lowered: bool = False
+    undone: str | None = None
     valid: Boolean = sympy.true
     ahead: frozenset[Prefix] = frozenset()
     shift: Shift = field(default_factory=Shift)
@@ -101,6 +102,7 @@ class Axes:
     is swept; ``context`` says which of them are arguments without rows, by the name of the argument. ``flags``
     says the same of arguments of zeros and ones, and ``taken`` gathers the arguments for which it is used. ``bounds``
     gathers how large the entries behind leaf functions may be, ``learnt`` those that weights or buffers enter.
+    ``sources`` says what the user calls an argument.
     """
 
     seq: sympy.Symbol
@@ -112,6 +114,7 @@ class Axes:
     taken: set[str] = field(default_factory=set)
     bounds: dict[str, int] = field(default_factory=dict)
     learnt: set[str] = field(default_factory=set)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def start(self, size: Expr) -> Expr:
         """The row of the first entry of a new axis along the sequence."""
@@ -204,6 +207,7 @@ class Scope:
             parts.rounded = parts.rounded or fact.rounded
             parts.large = parts.large or fact.large
             parts.lowered = parts.lowered or fact.fill is Fill.NEG
+            parts.undone = parts.undone or fact.undone
             if fact.valid != sympy.true:
                 parts.valid = sympy.And(parts.valid, self.lift(op, fact.valid))
         return parts
@@ -413,11 +417,12 @@ class Scope:
             together=parts.together,
             expr=None if parts.expr is None else tidy(settle(parts.expr)),
             rounded=parts.rounded,
-            raw=parts.raw,
+            raw=frozenset() if dtype is torch.bool else parts.raw,
             support=settle(parts.support),
             fill=parts.fill,
             low=NEGATIVE if parts.low is None else parts.low,
             large=dtype.is_floating_point and (parts.large or (parts.lowered and parts.fill not in MASKS)),
+            undone=parts.undone if parts.fill not in MASKS else None,
             valid=settle(parts.valid),
             ahead=parts.ahead,
             shift=Shift() if dtype in HALF else self._shift_of(parts, place),  # rounded in steps of the length

@@ -162,7 +162,8 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     context = {leaf_name(i.name): i.name for i in captured.of(Role.CONTEXT)}
     flags = {leaf_name(i.name): i.name for i in captured.inputs if i.entries is Entries.FLAGS}
     bounds = dict.fromkeys(_numbers(captured), rounding.bound_of(torch.int64))
-    axes = Axes(captured.seq, captured.batch, captured.lead, context=context, flags=flags, bounds=bounds)
+    sources = {i.name: i.source for i in captured.inputs if i.source}
+    axes = Axes(captured.seq, captured.batch, captured.lead, {}, context, flags, bounds=bounds, sources=sources)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}
     repeats = Repeats()
@@ -271,8 +272,12 @@ def _input_fact(node: fx.Node, given: Input, captured: Captured, axes: Axes) -> 
         places = dict(zip((index(0), index(1)), map(index, fact.rows), strict=True))
         same = tuple(tuple(a if a.kind is Kind.SEQ else replace(a, bcast=True) for a in dim) for dim in fact.dims)
         return replace(fact, dims=same, expr=given.form.xreplace(places))
-    fact = replace(fact, deps=frozenset(fact.rows), raw=fact.dtype.is_floating_point)
-    if fact.raw and given.entries is not None:
+    fact = replace(fact, deps=frozenset(fact.rows))
+    if fact.dtype not in (torch.bool, torch.uint8, torch.int8) and (
+        given.entries is None or not fact.dtype.is_floating_point
+    ):
+        fact = replace(fact, raw=frozenset({given.name}))
+    if fact.dtype.is_floating_point and given.entries is not None:
         axes.taken.add(given.name)
         shown = sympy.Ne(leaf_of(node, fact), 0)
         if given.entries is Entries.MASK:  # how low the numbers are is not known

@@ -11,6 +11,7 @@ An op without a rule is refused by name. To add one, see ARCHITECTURE.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,33 @@ class Op:
         if isinstance(number, sympy.Basic) and batch.free_symbols and number.has(batch):
             why = f"{name_of(self.node)} uses the size of the batch as a number"
             parts.batch = parts.batch or self.cause(why, errors.MixesBatch)
+
+    def raw(self, *operands: Operand) -> frozenset[str]:
+        """The arguments of the call whose numbers these operands are made of, and Python numbers of it among them."""
+        bounds = self.scope.axes.bounds
+        numbers = [n for n in (*self.scalars(), *(x.fact.expr for x in operands)) if isinstance(n, sympy.Basic)]
+        passed = {s.name for n in numbers for s in n.free_symbols if s.name in bounds}
+        return frozenset(passed).union(*(x.fact.raw for x in operands))
+
+    def of_any_size(self, operand: Operand) -> bool:
+        """True of an operand that is made of numbers of the call, and not only of what is zero or one."""
+        axes, names = self.scope.axes, self.raw(operand)
+        if names and names <= set(axes.flags.values()):
+            axes.taken.update(names)
+            return False
+        return bool(names)
+
+    def undo(self, parts: Parts, operand: Operand) -> None:
+        """Note in ``parts`` that a mask of finite numbers counts for nothing beside an operand."""
+        sources = self.scope.axes.sources
+        names = ", ".join(sorted(sources.get(name, name) for name in self.raw(operand)))
+        of = f"numbers of any size ({names})" if names and not operand.fact.large else "numbers as large"
+        parts.undone = f"a mask of finite numbers, where there are {of}, hides nothing: one of -inf would"
+
+    def names_large(self) -> bool:
+        """True where a number that the op is given makes ordinary ones as large as what masks are filled with."""
+        numbers = (n for n in self.scalars() if isinstance(n, (int, float, sympy.Number)))
+        return any(NEGATIVE >= -abs(n) > -math.inf for n in numbers)
 
     def counts_rows(self) -> bool:
         """True where the number of rows is one of the numbers that the op is given."""
@@ -241,6 +269,7 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
         parts.ahead |= ahead
         _forget_row(op, parts, j, row, support)
     parts.support, parts.fill = _without(op, parts, gone)
+    parts.undone = None
 
 
 def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Boolean) -> None:
@@ -250,6 +279,8 @@ def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Bool
         why = f"{name_of(op.node)} combines all rows of the sequence"
         if support != sympy.true:
             why += f"; the rows it keeps, {pretty(op.scope, support)}, are not all at or before its own"
+        elif parts.undone is not None:
+            why += f"; {parts.undone}"
         if used:
             parts.whole = parts.whole or op.cause(why)
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)

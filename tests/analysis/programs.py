@@ -128,6 +128,7 @@ SELF: dict[str, Case] = {
     "finite_scores_zero_sum": Case(lambda e: torch.nan_to_num(e.masked, neginf=0.0) @ e.x, "row"),
     "finite_of_finite_scores": Case(lambda e: torch.nan_to_num(e.finite, neginf=0.0).softmax(-1), "whole", ideal="row"),
     "finite_mask": Case(lambda e: torch.nan_to_num(torch.full((e.S, e.S), -INF).triu(1)), "index"),
+    "finite_mask_in_half": Case(lambda e: torch.full((e.S, e.S), -1e9).triu(1).half(), "index"),
     "finite_mask_added": Case(
         lambda e: (e.scores + torch.nan_to_num(torch.full((e.S, e.S), -INF).triu(1))).softmax(-1), "row"
     ),

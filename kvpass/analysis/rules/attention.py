@@ -11,7 +11,7 @@ from kvpass import errors
 from kvpass.analysis import shifts
 from kvpass.analysis.expressions import compare
 from kvpass.analysis.facts import Fill, Kind
-from kvpass.analysis.scope import Label, Operand, symbol
+from kvpass.analysis.scope import Label, Operand, Parts, symbol
 from kvpass.analysis.table import Op, Out, bounding_row, keeps_a_key, reduce_over, rule
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ def scaled_dot_product_attention(op: Op) -> Out:
         parts.random = op.cause("scaled_dot_product_attention with dropout_p", errors.Randomness)
     lead, ghosts = _lead(op, q, k, v)
     rows, keys = list(q.dims[-2]), scope.broadcast_axis([(k, k.dims[-2]), (v, v.dims[-2])], [])
-    support, fill = _kept(op, lead, rows, keys)
+    support, fill = _kept(op, parts, lead, rows, keys)
     kept = [label for dim in (*lead, rows) for label in scope.expanded(dim)] + ghosts
     gone = [label for label in scope.expanded(keys) if scope.atoms[label].size != 1]
     for j in gone:
@@ -66,7 +66,9 @@ def _lead(op: Op, q: Operand, k: Operand, v: Operand) -> tuple[list[list[Label]]
     return dims, ghosts
 
 
-def _kept(op: Op, lead: list[list[Label]], rows: list[Label], keys: list[Label]) -> tuple[Any, Fill | None]:
+def _kept(
+    op: Op, parts: Parts, lead: list[list[Label]], rows: list[Label], keys: list[Label]
+) -> tuple[Any, Fill | None]:
     """The support of the scores and what stands outside it."""
     scope = op.scope
     support: Any = sympy.true
@@ -82,7 +84,9 @@ def _kept(op: Op, lead: list[list[Label]], rows: list[Label], keys: list[Label])
             elif scope.size(mine) != 1:
                 axes[-k][:] = scope.pair(list(mine), other, [x for x in op.operands if x is not mask], mask)
         known = op.known(mask)
-        if mask.fact.fill is Fill.NEG and any(x.fact.large for x in (*op.operands[:2], mask)):
+        large = [x for x in (mask, *op.operands[:2]) if x.fact.large or (x is mask and op.of_any_size(x))]
+        if mask.fact.fill is Fill.NEG and large:
+            op.undo(parts, large[0])
             known = None
         if known is not None and (mask.fact.dtype is torch.bool or known[1] is not Fill.ZERO):
             support, fill = known[0], Fill.NEG_INF if mask.fact.dtype is torch.bool else known[1]

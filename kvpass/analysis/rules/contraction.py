@@ -15,6 +15,8 @@ from kvpass.analysis.table import Op, Out, name_of, reduce_over, rule
 
 aten = torch.ops.aten
 
+COORDINATES = 3  # a sum over no more axes is one of numbers as they were passed, over more it is a score of features
+
 
 def contract(op: Op, operands: Sequence[Operand], specs: Sequence[Sequence[str]], out: Sequence[str]) -> Out:
     """``einsum`` over axis names. An axis of size one broadcasts against its namesakes."""
@@ -26,8 +28,11 @@ def contract(op: Op, operands: Sequence[Operand], specs: Sequence[Sequence[str]]
         axes[name] = scope.broadcast_axis(present, ghosts)
     parts = op.gather()
     parts.support, parts.fill = _product(op, operands)
+    parts.large = parts.large or op.names_large()
     gone = [label for name, labels in axes.items() if name not in out for label in scope.expanded(labels)]
     kept = [label for name in out for label in scope.expanded(axes[name])] + ghosts
+    if all(scope.atoms[label].size.is_number and scope.atoms[label].size <= COORDINATES for label in gone):
+        parts.raw = op.raw(*operands)
     units = [label for label in gone if scope.atoms[label].size == 1 and scope.atoms[label].kind is Kind.SEQ]
     gone = [label for label in gone if scope.atoms[label].size != 1]
     _read_whole(operands, scope, gone)
@@ -75,6 +80,11 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
     parts.support, parts.fill = sympy.true, None
     known = op.known(bias)
     beta = op.kwargs.get("beta", 1)
+    large = [x for x in op.operands if x is not bias and parts.raw & op.raw(x) and op.of_any_size(x)]
+    if known is not None and known[1] is Fill.NEG and large:
+        op.undo(parts, large[0])
+        known = None
+    parts.raw |= op.raw(bias)
     if known is not None and (beta >= 1 if known[1] is Fill.NEG else beta > 0 and known[1] is Fill.NEG_INF):
         parts.support, parts.fill = known
     return Out(dims, parts, product.ghosts + bias.ghosts)

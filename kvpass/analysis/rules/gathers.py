@@ -20,6 +20,7 @@ aten = torch.ops.aten
 def embedding(op: Op) -> Out:
     table, ids = op.operands[:2]
     parts = op.gather()
+    parts.raw = op.raw(table)
     _plain_table(op, parts, table, 0, ids)
     return Out([*ids.dims, list(table.dims[1])], parts, ids.ghosts)
 
@@ -29,6 +30,7 @@ def index_select(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis = op.args[1] % len(x.dims)
     parts = op.gather()
+    parts.raw = op.raw(x)
     _plain_table(op, parts, x, axis, ids)
     return Out([*x.dims[:axis], *ids.dims, *x.dims[axis + 1 :]], parts, x.ghosts + ids.ghosts)
 
@@ -77,6 +79,7 @@ def gather(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis = op.args[1] % max(len(x.dims), 1)
     parts = op.gather()
+    parts.raw = op.raw(x)
     _plain_table(op, parts, x, axis, ids)
     dims: Dims = []
     for k, mine in enumerate(ids.dims):
@@ -104,6 +107,7 @@ def scatter(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis, scope = op.args[1] % max(len(x.dims), 1), op.scope
     parts = op.gather()
+    parts.raw, parts.large = op.raw(*op.operands), parts.large or op.names_large()
     for operand in op.operands:
         for label in operand.dims[axis]:
             _lose(op, parts, label, operand)
@@ -127,6 +131,7 @@ def index(op: Op) -> Out:
     if any(i.fact.dtype is torch.bool for _, i in places):
         raise errors.UnknownOp(detail="aten.index.Tensor with a boolean mask (a shape that depends on data)")
     scope, parts = op.scope, op.gather()
+    parts.raw = op.raw(x)
     indices = [i for _, i in places]
     picked, ghosts = scope.broadcast(indices)
     reading: dict[sympy.Basic, Value] = {}

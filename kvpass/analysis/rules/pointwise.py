@@ -136,11 +136,11 @@ def _held(op: Op, number: Any) -> Any:
 
 def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     dims, ghosts = op.scope.broadcast(op.operands)
-    parts.expr, parts.raw = expr, any(x.fact.raw for x in op.operands)
+    parts.expr, parts.raw = expr, op.raw(*op.operands)
     if parts.low is None:
         parts.low = _lowest(op)
     if _name(op) in _BOUNDED:
-        parts.large = parts.lowered = False
+        parts.large, parts.lowered, parts.raw = False, False, frozenset()
     return Out(dims, parts, ghosts)
 
 
@@ -155,10 +155,10 @@ def arithmetic(op: Op) -> Out:
     # bool + bool is a disjunction, not a number
     expr = None if values is None or op.dtypes[0] is torch.bool else apply(combine, *values)
     if name in ("add", "sub") and alpha == 1:
-        parts.support, parts.fill = _sum_support(op)
+        parts.support, parts.fill = _sum_support(op, parts)
         parts.large, parts.lowered = _sum_is_large(op)
     else:
-        parts.large = parts.large or any(_is_large(op, a) for a in op.args[:2])
+        parts.large = parts.large or op.names_large() or any(_is_large(op, a) for a in op.args[:2])
     if name in ("mul", "multiply"):
         parts.support, parts.fill, parts.low = _product_support(op, name)
     out = _finish(op, parts, expr)
@@ -186,7 +186,7 @@ def division(op: Op) -> Out:
     return _finish(op, parts, None if expr is not None and expr.has(sympy.zoo, sympy.nan) else expr)
 
 
-def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
+def _sum_support(op: Op, parts: Parts) -> tuple[Boolean, Fill | None]:
     """Minus infinity (or a very negative number) plus anything stays so; zero plus zero is zero."""
     known = [op.known(a) if isinstance(a, Operand) else None for a in op.args[:2]]
     if _name(op) == "sub":
@@ -196,7 +196,10 @@ def _sum_support(op: Op) -> tuple[Boolean, Fill | None]:
         known[1] = None if taken is None or known[1] is None else support_of(taken)
     low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
     if low:
-        if any(k[1] is Fill.NEG for k in low) and any(_may_cancel(op, k) for k in (0, 1)):
+        cancels = [k for k in (0, 1) if _may_cancel(op, k)] if any(k[1] is Fill.NEG for k in low) else []
+        if cancels:
+            if isinstance(op.args[cancels[0]], Operand):
+                op.undo(parts, op.args[cancels[0]])
             return sympy.true, None
         fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
         return sympy.And(*(k[0] for k in low)), fill
@@ -229,8 +232,7 @@ def _may_cancel(op: Op, k: int) -> bool:
     """True of a term in closed form that may be large enough to bring a very negative entry back, or others down."""
     expr, term = _term(op, k), op.args[k]
     if expr is None:  # scores and what is learnt are of ordinary size
-        raw = isinstance(term, Operand) and term.fact.raw and term.fact.fill not in MASKS
-        return raw or (isinstance(term, Operand) and term.fact.large)
+        return isinstance(term, Operand) and (op.of_any_size(term) or term.fact.large)
     return any(not val.is_number or (abs(val) > 1000 and Fill.of(val) is None) for val, _ in branches(expr))
 
 
@@ -349,6 +351,7 @@ def _cast(value: Value, dtype: torch.dtype) -> Value | None:
 @rule(*_op(*(name for name in _OTHERS if hasattr(aten, name))))
 def other(op: Op) -> Out:
     parts, name = op.gather(), _name(op)
+    parts.large = parts.large or op.names_large()
     known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
     steep = name != "softplus" or (op.arg(1, "beta", 1) >= 1 and op.arg(2, "threshold", 20) >= 0)
     if known is not None and steep and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
@@ -429,7 +432,10 @@ def clamp(op: Op) -> Out:
     parts = op.gather()
     if low is not None and high is None:
         parts.support, parts.fill = _floored(op, op.args[0], low)
-    return _finish(op, parts, expr)
+    out = _finish(op, parts, expr)
+    if low is not None and high is not None:
+        parts.raw = frozenset()
+    return out
 
 
 @rule(*_op("where"))

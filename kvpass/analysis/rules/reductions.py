@@ -52,7 +52,9 @@ def _reduce(op: Op, dims: Any, keepdim: bool, ignores: tuple[Fill, ...], outputs
         known = op.known(x)
         if known is not None:
             parts.support, parts.fill = known
-        if known is not None and known[1] is Fill.NEG and x.fact.large:
+        parts.raw = op.raw(x)
+        if known is not None and known[1] is Fill.NEG and (x.fact.large or op.of_any_size(x)):
+            op.undo(parts, x)
             known, parts.support, parts.fill = None, sympy.true, None
         if known is not None and known[1] in ignores:
             for j in row_labels(scope, gone):
@@ -186,7 +188,8 @@ def softmax(op: Op) -> Out:
     rest = [label for label in x.labels if label not in labels]
     log = "log" in name_of(op.node)
     support, fill = known if known is not None and known[1] in MASKS else (sympy.true, None)
-    if fill is Fill.NEG and x.fact.large:
+    if fill is Fill.NEG and (x.fact.large or op.of_any_size(x)):
+        op.undo(parts, x)
         support, fill = sympy.true, None
     own: list[Label | None] = []
     for j in row_labels(scope, labels) if fill is not None else ():
@@ -289,6 +292,7 @@ def _along(op: Op, where: Any, outputs: int = 1) -> Any:
     outs = []
     for k in range(outputs):
         parts = op.gather()
+        parts.raw = op.raw(x)
         _mix(op, parts, labels, rest, None)
         dims = list(x.dims)
         for axis in axes:
@@ -383,6 +387,7 @@ def _running(op: Op, axis: int) -> Out:
     if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
         return _along(op, axis)  # type: ignore[no-any-return]
     parts = op.gather()
+    parts.raw = op.raw(x)
     rows = set(row_labels(scope, list(x.dims[axis])))
     reads_rows(op, parts, rows)
     x.everything |= rows
