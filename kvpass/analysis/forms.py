@@ -148,18 +148,23 @@ def _decided_by_flags(expr: Value, axes: Axes) -> bool:
 
 
 def _as_held(expr: Value, dtype: torch.dtype) -> Value:
-    """The closed form with its numbers rounded to a dtype: what it does not hold becomes an infinity."""
+    """The closed form with its numbers rounded to a dtype.
+
+    What the dtype does not hold becomes an infinity, if that is so of all very negative numbers: where one of them is
+    held, the others are as very negative as that one.
+    """
 
     def held(value: Value) -> Value:
         if not value.is_number or not value.is_real:
             return value
-        rounded = torch.tensor(float(value), dtype=dtype).item()
-        return constant(rounded) or value
+        return constant(torch.tensor(float(value), dtype=dtype).item()) or value
 
     parts = branches(expr)
     rounded = [held(value) for value, _ in parts]
     if is_boolean(expr) or rounded == [value for value, _ in parts]:
         return expr
+    if any(Fill.of(value) is Fill.NEG for value in rounded):
+        rounded = [value if new.is_infinite else new for new, (value, _) in zip(rounded, parts, strict=True)]
     return join((value, condition) for value, (_, condition) in zip(rounded, parts, strict=True)) or expr
 
 
