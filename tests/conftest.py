@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+import torch._dynamo
 
 os.environ.setdefault("KVPASS_CXXFLAGS", "-O0")  # hundreds of kernels that run for microseconds
 os.environ.setdefault("KVPASS_TIERS", "eager")  # tests that are about steps say so
 torch.set_num_threads(1)
+torch._dynamo.config.fake_tensor_cache_enabled = False  # models of two layers hardly hit it, and pay a fifth of a test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import sympy
@@ -253,7 +254,7 @@ def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
     (symbol,) = guard.free_symbols
     if not symbol.is_integer:  # a float of the model's
         return None
-    numbers = [n for n in range(2, 513) if holds(guard, symbol, n)]
+    numbers = list(islice((n for n in range(2, 513) if holds(guard, symbol, n)), 2))
     return (symbol, numbers[0]) if len(numbers) == 1 else None
 
 
