@@ -22,8 +22,15 @@ def append(pool: Tensor, rows: Tensor, place: Tensor, before: int) -> Tensor:
         place: ``[B * N]`` int64, ``page * page_size + offset`` of each row.
         before: how many axes of a row stand before the row axis.
     """
-    pool.flatten(before, before + 1).index_copy_(before, place, rows)
+    _words(pool).flatten(before, before + 1).index_copy_(before, place, _words(rows))
     return pool
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same memory in a type that ops of indices know: PyTorch has none of them for eight-bit floats and uint16."""
+    if x.dtype is torch.uint16:
+        return x.view(torch.int16)
+    return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x
 
 
 def read(pool: Tensor, table: Tensor, run: int, length: int, before: int) -> Tensor:
@@ -37,8 +44,8 @@ def read(pool: Tensor, table: Tensor, run: int, length: int, before: int) -> Ten
     if run >= 0:
         flat = pool.flatten(before, before + 1)
         return flat.narrow(before, run * pool.shape[before + 1], length).unsqueeze(0)
-    picked = pool.index_select(before, table.reshape(-1))  # [*before, B * pages, page_size, *after]
-    rows = picked.view(*pool.shape[:before], table.shape[0], -1, *pool.shape[before + 2 :])
+    picked = _words(pool).index_select(before, table.reshape(-1))  # [*before, B * pages, page_size, *after]
+    rows = picked.view(pool.dtype).view(*pool.shape[:before], table.shape[0], -1, *pool.shape[before + 2 :])
     return rows.narrow(before + 1, 0, length).movedim(before, 0)
 
 

@@ -191,7 +191,10 @@ def decide(rel: Boolean) -> Boolean:
 
 
 def _above(rel: Boolean) -> bool:
-    """True of ``floor(a) - floor(b) + rest <= c`` that holds nowhere: with ``a >= b`` the first two are at least 0."""
+    """True of a bound on floors that holds nowhere.
+
+    ``floor(a) - floor(b) + rest <= c``: with ``a >= b`` the first two are at least 0; or by ``a - 1 < floor(a) <= a``.
+    """
     if not isinstance(rel, sympy.LessThan):
         return False
     diff = sympy.expand(rel.lhs - rel.rhs)
@@ -201,7 +204,13 @@ def _above(rel: Boolean) -> bool:
             more, less = diff.coeff(a), diff.coeff(b)
             if more.is_positive and more == -less and (a.args[0] - b.args[0]).expand().is_nonnegative:
                 return bool(sympy.expand(diff - more * (a - b)).is_positive)
-    return False
+    least = diff
+    for a in floors:
+        factor = diff.coeff(a)
+        if not factor.is_number:
+            return False
+        least += factor * ((a.args[0] if factor.is_negative else a.args[0] - 1) - a)
+    return bool(floors and sympy.expand(least).is_positive)
 
 
 def _normal(kind: type, diff: sympy.Expr) -> Boolean:

@@ -60,6 +60,7 @@ class Atom:
 
 
 NEGATIVE = -1e4
+PASSED = 1e30  # numbers that a caller passes are smaller than the lowest ones of float32 and bfloat16
 
 
 class Fill(enum.Enum):

@@ -80,6 +80,12 @@ def is_decided(expr: Value, bounds: Bounds) -> bool:
     return all(_fits(side, _BITS[torch.float32], bounds) for side in sides)
 
 
+def is_below(expr: Value, most: float, bounds: Bounds) -> bool:
+    """True where the magnitude of a closed form is known to be smaller, but for very negative numbers themselves."""
+    found = [_range(value, bounds) for value, _ in branches(expr) if not value.is_number]
+    return all(x is not None and x.most < most for x in found)
+
+
 def decides(node: torch.fx.Node) -> bool:
     """True of ops on floats whose result jumps."""
     name = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.").rstrip("_")

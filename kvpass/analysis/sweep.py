@@ -163,6 +163,9 @@ def analyze(captured: Captured, upto: fx.Node | None = None) -> Analyzed:
     flags = {leaf_name(i.name): i.name for i in captured.inputs if i.entries is Entries.FLAGS}
     bounds = dict.fromkeys(_numbers(captured), rounding.bound_of(torch.int64))
     sources = {i.name: i.source for i in captured.inputs if i.source}
+    for node in captured.module.graph.find_nodes(op="placeholder"):
+        if not isinstance(node.meta["val"], torch.Tensor) and node.name in sources:
+            sources[str(sym(node.meta["val"]))] = sources[node.name]
     axes = Axes(captured.seq, captured.batch, captured.lead, {}, context, flags, bounds=bounds, sources=sources)
     steps: dict[fx.Node, Step] = {}
     inputs = {i.name: i for i in captured.inputs}

@@ -34,7 +34,7 @@ from kvpass.analysis.expressions import (
     simplify,
     substitute,
 )
-from kvpass.analysis.facts import NEGATIVE, ZERO, Cause, Expr, Fill, Kind, Prefix
+from kvpass.analysis.facts import NEGATIVE, PASSED, ZERO, Cause, Expr, Fill, Kind, Prefix
 from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
 
 
@@ -95,16 +95,20 @@ class Op:
             why = f"{name_of(self.node)} uses the size of the batch as a number"
             parts.batch = parts.batch or self.cause(why, errors.MixesBatch)
 
-    def raw(self, *operands: Operand) -> frozenset[str]:
-        """The arguments of the call whose numbers these operands are made of, and Python numbers of it among them."""
-        bounds = self.scope.axes.bounds
-        numbers = [n for n in (*self.scalars(), *(x.fact.expr for x in operands)) if isinstance(n, sympy.Basic)]
-        passed = {s.name for n in numbers for s in n.free_symbols if s.name in bounds}
+    def raw(self, *operands: Operand, numbers: bool = True) -> frozenset[str]:
+        """The arguments of the call whose numbers these operands are made of, and the op's own ``numbers``."""
+        bounds, given = self.scope.axes.bounds, self.scalars() if numbers else ()
+        values = [n for n in (*given, *(x.fact.expr for x in operands)) if isinstance(n, sympy.Basic)]
+        passed = {s.name for n in values for s in n.free_symbols if s.name in bounds}
         return frozenset(passed).union(*(x.fact.raw for x in operands))
 
-    def of_any_size(self, operand: Operand) -> bool:
-        """True of an operand that is made of numbers of the call, and not only of what is zero or one."""
+    def of_any_size(self, operand: Operand, low: float) -> bool:
+        """True of an operand that is made of numbers of the call, which may reach what is very negative, at most
+        ``low``; not of what is zero or one.
+        """
         axes, names = self.scope.axes, self.raw(operand)
+        if low <= -PASSED:
+            return False
         if names and names <= set(axes.flags.values()):
             axes.taken.update(names)
             return False

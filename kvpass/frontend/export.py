@@ -112,6 +112,8 @@ def _to_aten(
     if changed:
         raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
     assert isinstance(module, fx.GraphModule)
+    if signature.input_tokens:
+        raise errors.CaptureFailed(detail="an op raises an error by what it is given, as `torch.inverse` does")
     return module
 
 

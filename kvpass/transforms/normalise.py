@@ -59,6 +59,8 @@ def normalise(captured: Captured) -> None:
         elif node.target is aten.type_as.default:
             node.target, node.args = aten._to_copy.default, (arguments(node)[0],)
             node.kwargs = {"dtype": node.meta["val"].dtype}
+        elif node.target in (aten.eye.default, aten.eye.m):
+            _by_place(graph, node)
         elif node.target is aten.baddbmm.default and node.kwargs.get("beta") == 0:
             _without_bias(graph, node)
         elif node.target in SPLITS or node.target is aten.unbind.int:
@@ -92,6 +94,16 @@ def is_identity(node: fx.Node) -> bool:
     if node.target in PADS:
         return all(size_of(size) == 0 for size in arguments(node)[1])
     return False
+
+
+def _by_place(graph: fx.Graph, node: fx.Node) -> None:
+    """The identity matrix by comparing places: rows of it are made by themselves."""
+    value, sizes = node.meta["val"], arguments(node)
+    with graph.inserting_before(node), value.fake_mode:
+        rows, columns = (call(graph, node, aten.arange.default, n, device=value.device) for n in (sizes[0], sizes[-1]))
+        made = call(graph, node, aten.eq.Tensor, call(graph, node, aten.unsqueeze.default, rows, 1), columns)
+        made = call(graph, node, aten._to_copy.default, made, dtype=value.dtype)
+    replace(node, made)
 
 
 def _without_bias(graph: fx.Graph, node: fx.Node) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from kvpass.analysis.expressions import apply, branches, contradicts, number, simplify, substitute
 from kvpass.analysis.facts import Fact, Fill, Kind, index
-from kvpass.analysis.sweep import Analyzed, arguments
+from kvpass.analysis.sweep import Analyzed, ancestry, arguments
 from kvpass.analysis.table import support_of
 from kvpass.ir import SCORE, Attention, B, H, I, J, Read
 from kvpass.transforms.plan import MOVES, UNITS
@@ -90,6 +90,7 @@ LAYOUT = (
     aten.slice.Tensor,
 )
 _LONGEST = 40  # ops of a closed form that is cheaper to compute for each score than to read
+FEATURES = (aten.embedding.default, aten.linear.default, aten.mm.default, aten.addmm.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
@@ -171,9 +172,16 @@ def predicate(analyzed: Analyzed, fact: Fact, expr: Any, letters: tuple[str, ...
         name = leaf.func.__name__
         if not all(arg in (B, H, I, J) or arg.is_number for arg in leaf.args):
             raise NotRecognised(f"a mask that reads {leaf}")
+        if {I, J} <= set(leaf.args) and _of_features(analyzed.leaves[name]):
+            raise NotRecognised("a mask of pairs of rows that is made of their features, for every pair anew")
         if all(load.name != name for load in loads):
             loads.append(Load(name, analyzed.leaves[name], None))
     return expr
+
+
+def _of_features(node: fx.Node) -> bool:
+    """True of what is computed from what a projection or a table makes of tokens."""
+    return any(one.target in (*PRODUCTS, *FEATURES) for one in ancestry(node))
 
 
 def side_of(node: fx.Node, fact: Fact, row: Any, depth: Any, heads: list[int] | None = None) -> Side:

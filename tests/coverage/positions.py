@@ -454,7 +454,40 @@ class HashedTokens(Decoder):
         return self.embed(ids) + nn.functional.pad(bits, (0, SIZE - 3)) / 4
 
 
+class SlopesOfPassedPositions(Decoder):
+    """ALiBi of positions that the caller passes, beside the lowest number: no integer comes near that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.tensor([0.5, 0.25]))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        (place,) = more
+        far = (place[:, None] - place[:, :, None]).abs()[:, None].float()
+        scores = q @ k.mT * DEPTH**-0.5 - self.slopes[:, None, None] * far
+        return self.merge(scores.masked_fill(j > i, torch.finfo(x.dtype).min).softmax(-1) @ v, layer)
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return (torch.arange(ids.shape[1]).expand(*ids.shape) * 3,)
+
+
+class Tempered(Decoder):
+    """A temperature that the caller passes, beside a mask of -1e9."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        return self.merge((q @ k.mT / more[0]).masked_fill(j > i, -1e9).softmax(-1) @ v, layer)
+
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        return (torch.tensor(3.5),)
+
+
 POSITIONS = (
+    SlopesOfPassedPositions,
+    Tempered,
     PartialRotary,
     WholeRotary,
     ComplexRotary,

@@ -397,7 +397,63 @@ class FiniteWeights(Decoder):
         return self.merge(torch.nan_to_num(weights) @ v, layer)
 
 
+class Shaped(Decoder):
+    """The identity is added to the weights, and the mean over what a row sees is taken off."""
+
+    kernels = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha, self.gamma = nn.Parameter(torch.tensor(0.9)), nn.Parameter(torch.tensor(0.3))
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        weights = (q @ k.mT * DEPTH**-0.5).masked_fill(j > i, NEG_INF).softmax(-1)
+        mean = torch.ones(len(i), len(i)).tril() / (i + 1)
+        return self.merge((self.alpha * torch.eye(len(i)) + weights - self.gamma * mean) @ v, layer)
+
+
+class BetweenTwo(Decoder):
+    """Weights between two softmaxes, and less a part of one."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        a, b = ((y @ k.mT * DEPTH**-0.5).masked_fill(j > i, NEG_INF).softmax(-1) for y in (q, v))
+        return self.merge(torch.lerp(a, torch.sub(a, b, alpha=0.3), 0.4) @ v, layer)
+
+
+class EightBitKeys(Decoder):
+    """Keys as they would be kept in eight bits: what is stored is that."""
+
+    bytes_per_row = SIZE + 4 * SIZE
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        k = k.to(torch.float8_e4m3fn).to(x.dtype)
+        return self.merge(scaled_dot_product_attention(q, k, v, is_causal=True), layer)
+
+
+class ChosenPairs(Decoder):
+    """An indexer: features of two rows say whether one sees the other."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        i, j = grid(x)
+        seen = (v @ q.mT > 0) & (j < i) | (i == j)
+        return self.merge((q @ k.mT * DEPTH**-0.5).masked_fill(~seen, NEG_INF).softmax(-1) @ v, layer)
+
+
 SCORES = (
+    Shaped,
+    BetweenTwo,
+    EightBitKeys,
+    ChosenPairs,
     SmallestFloor,
     TwoPlaces,
     SoftCap,

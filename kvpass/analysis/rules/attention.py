@@ -84,7 +84,7 @@ def _kept(
             elif scope.size(mine) != 1:
                 axes[-k][:] = scope.pair(list(mine), other, [x for x in op.operands if x is not mask], mask)
         known = op.known(mask)
-        large = [x for x in (mask, *op.operands[:2]) if x.fact.large or (x is mask and op.of_any_size(x))]
+        large = [x for x in (mask, *op.operands[:2]) if x.fact.large or (x is mask and op.of_any_size(x, x.fact.low))]
         if mask.fact.fill is Fill.NEG and large:
             op.undo(parts, large[0])
             known = None

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from kvpass import errors
-from kvpass.analysis.facts import Fill, Kind
+from kvpass.analysis.facts import Atom, Fill, Kind
 from kvpass.analysis.scope import Label, Operand
 from kvpass.analysis.table import Op, Out, name_of, reduce_over, rule
 
@@ -31,13 +31,18 @@ def contract(op: Op, operands: Sequence[Operand], specs: Sequence[Sequence[str]]
     parts.large = parts.large or op.names_large()
     gone = [label for name, labels in axes.items() if name not in out for label in scope.expanded(labels)]
     kept = [label for name in out for label in scope.expanded(axes[name])] + ghosts
-    if all(scope.atoms[label].size.is_number and scope.atoms[label].size <= COORDINATES for label in gone):
+    if all(_few(scope.atoms[label]) for label in gone):
         parts.raw = op.raw(*operands)
     units = [label for label in gone if scope.atoms[label].size == 1 and scope.atoms[label].kind is Kind.SEQ]
     gone = [label for label in gone if scope.atoms[label].size != 1]
     _read_whole(operands, scope, gone)
     reduce_over(op, parts, gone, kept + units, (Fill.ZERO,))
     return Out([axes[name] for name in out], parts, ghosts + units)
+
+
+def _few(atom: Atom) -> bool:
+    """True of an axis over which a sum is not one of features: of rows, or of few entries."""
+    return atom.kind is Kind.SEQ or bool(atom.size.is_number and atom.size <= COORDINATES)
 
 
 def _read_whole(operands: Sequence[Operand], scope: Any, gone: list[Label]) -> None:
@@ -80,7 +85,7 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
     parts.support, parts.fill = sympy.true, None
     known = op.known(bias)
     beta = op.kwargs.get("beta", 1)
-    large = [x for x in op.operands if x is not bias and parts.raw & op.raw(x) and op.of_any_size(x)]
+    large = [x for x in op.operands if x is not bias and parts.raw & op.raw(x) and op.of_any_size(x, bias.fact.low)]
     if known is not None and known[1] is Fill.NEG and large:
         op.undo(parts, large[0])
         known = None

@@ -14,7 +14,7 @@ from sympy.logic.boolalg import Boolean
 
 from kvpass.analysis import rounding, shifts
 from kvpass.analysis.expressions import Value, apply, boolean, branches, compare, constant, is_boolean, number, simplify
-from kvpass.analysis.facts import MASKS, NEGATIVE, Fill, Shift
+from kvpass.analysis.facts import MASKS, NEGATIVE, PASSED, Fill, Shift
 from kvpass.analysis.kept import only_where
 from kvpass.analysis.scope import Operand, Parts
 from kvpass.analysis.table import Op, Out, expression, extremes, rule, support_of
@@ -87,6 +87,10 @@ _BOUNDED = (
 )  # fmt: skip
 
 
+# By which a temperature, or a slope, that the caller passes makes nothing larger than it was.
+_FACTORS = ("mul", "multiply", "div", "true_divide", "divide")
+
+
 def _name(op: Op) -> str:
     target: Any = op.node.target
     return str(target.overloadpacket.__name__)
@@ -139,6 +143,8 @@ def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     parts.expr, parts.raw = expr, op.raw(*op.operands)
     if parts.low is None:
         parts.low = _lowest(op)
+    if _name(op) in _FACTORS:
+        parts.raw = op.raw(*(x for x in op.operands if not x.fact.index_only()), numbers=False)
     if _name(op) in _BOUNDED:
         parts.large, parts.lowered, parts.raw = False, False, frozenset()
     return Out(dims, parts, ghosts)
@@ -159,6 +165,8 @@ def arithmetic(op: Op) -> Out:
         parts.large, parts.lowered = _sum_is_large(op)
     else:
         parts.large = parts.large or op.names_large() or any(_is_large(op, a) for a in op.args[:2])
+        if name in _WITH_ALPHA:
+            parts.support, parts.fill = _both_zero(_known(op))
     if name in ("mul", "multiply"):
         parts.support, parts.fill, parts.low = _product_support(op, name)
     out = _finish(op, parts, expr)
@@ -186,24 +194,34 @@ def division(op: Op) -> Out:
     return _finish(op, parts, None if expr is not None and expr.has(sympy.zoo, sympy.nan) else expr)
 
 
+def _known(op: Op) -> list[tuple[Boolean, Fill] | None]:
+    return [op.known(a) if isinstance(a, Operand) else None for a in op.args[:2]]
+
+
 def _sum_support(op: Op, parts: Parts) -> tuple[Boolean, Fill | None]:
     """Minus infinity (or a very negative number) plus anything stays so; zero plus zero is zero."""
-    known = [op.known(a) if isinstance(a, Operand) else None for a in op.args[:2]]
-    if _name(op) == "sub":
-        if known[1] is not None and known[1][1] is not Fill.ZERO:
+    known = _known(op)
+    if _name(op) == "sub" and known[1] is not None:
+        if known[1][1] is not Fill.ZERO:
             return sympy.true, None  # x - (-inf)
         taken = _term(op, 1)
-        known[1] = None if taken is None or known[1] is None else support_of(taken)
+        known[1] = known[1] if taken is None else support_of(taken)
     low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
     if low:
-        cancels = [k for k in (0, 1) if _may_cancel(op, k)] if any(k[1] is Fill.NEG for k in low) else []
+        masked = any(k[1] is Fill.NEG for k in low)
+        cancels = [k for k in (0, 1) if masked and _may_cancel(op, k, _lowest(op))]
         if cancels:
             if isinstance(op.args[cancels[0]], Operand):
                 op.undo(parts, op.args[cancels[0]])
             return sympy.true, None
         fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
         return sympy.And(*(k[0] for k in low)), fill
-    if all(k is not None for k in known) and len(known) == 2:
+    return _both_zero(known)
+
+
+def _both_zero(known: Sequence[tuple[Boolean, Fill] | None]) -> tuple[Boolean, Fill | None]:
+    """Where two terms are not both zero."""
+    if len(known) == 2 and all(k is not None and k[1] is Fill.ZERO for k in known):
         return sympy.Or(*(k[0] for k in known if k is not None)), Fill.ZERO
     return sympy.true, None
 
@@ -228,11 +246,13 @@ def _term(op: Op, k: int) -> Value | None:
     return apply(lambda a: -a, expr) if expr is not None and k == 1 and _name(op) == "sub" else expr
 
 
-def _may_cancel(op: Op, k: int) -> bool:
+def _may_cancel(op: Op, k: int, low: float) -> bool:
     """True of a term in closed form that may be large enough to bring a very negative entry back, or others down."""
     expr, term = _term(op, k), op.args[k]
     if expr is None:  # scores and what is learnt are of ordinary size
-        return isinstance(term, Operand) and (op.of_any_size(term) or term.fact.large)
+        return isinstance(term, Operand) and (op.of_any_size(term, low) or term.fact.large)
+    if low <= -PASSED and rounding.is_below(expr, PASSED, op.scope.axes.bounds):
+        return False
     return any(not val.is_number or (abs(val) > 1000 and Fill.of(val) is None) for val, _ in branches(expr))
 
 
@@ -360,6 +380,8 @@ def other(op: Op) -> Out:
         known is not None and known[1] is Fill.ZERO and name == "pow" and _positive(op.args[1])
     ):
         parts.support, parts.fill = known
+    elif name == "lerp":
+        parts.support, parts.fill = _both_zero(_known(op))
     expr = None
     if name == "pow" and isinstance(op.args[1], int) and op.args[1] >= 0:
         value = expression(op.args[0], op.scope)
@@ -433,7 +455,7 @@ def clamp(op: Op) -> Out:
     if low is not None and high is None:
         parts.support, parts.fill = _floored(op, op.args[0], low)
     out = _finish(op, parts, expr)
-    if low is not None and high is not None:
+    if all(isinstance(bound, (int, float)) and abs(bound) < -NEGATIVE for bound in (low, high)):
         parts.raw = frozenset()
     return out
 

@@ -35,5 +35,6 @@ def glu(op: Op) -> Out:
     axis = op.arg(1, "dim", -1) % len(x.dims)
     rest = [label for label in x.labels if label not in x.dims[axis]]
     parts = op.gather()
+    parts.raw = op.raw(x)
     mixed(op, parts, x.dims[axis], rest)
     return Out([*x.dims[:axis], scope.fresh(op.shape[axis]), *x.dims[axis + 1 :]], parts, x.ghosts)
