@@ -33,9 +33,9 @@ def unrolled(graph: fx.Graph) -> None:
 def _unroll(graph: fx.Graph, node: fx.Node) -> None:
     given = named(node)
     weight, bias = given["weight"], given["bias"]
-    x, left = _unpadded(given["input"], 1)
-    value, shape = x.meta["val"], weight.meta["val"].shape
     stride, padding, dilation = (given[k][0] for k in ("stride", "padding", "dilation"))
+    x, left = _unpadded(given["input"], 1, padding)
+    value, shape = x.meta["val"], weight.meta["val"].shape
     groups, transposed = given["groups"], given.get("transposed", False)
     depthwise = groups == shape[0] == value.shape[1] if value.dim() == 3 else False
     length = sym(value.shape[-1])
@@ -89,17 +89,36 @@ def _unfold(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _unpadded(x: fx.Node, behind: int) -> tuple[fx.Node, int]:
-    """What was padded with zeros along the axis that is number ``behind`` from the end, and by how much before it."""
+def _unpadded(x: fx.Node, behind: int, padding: int = 0) -> tuple[fx.Node, int]:
+    """What was padded with zeros along the axis that is number ``behind`` from the end, and by how much before it.
+
+    Rows that were taken from its end are none that a result of as many rows reaches, unless zeros were put in their
+    place afterwards, by another pad or by the convolution's own ``padding``.
+    """
+    source, left, right = x, 0, padding
+    while (ends := _ends(source, behind)) is not None:
+        before, after = ends
+        if before < 0 or (after < 0 and right > 0):
+            break
+        source, left, right = arguments(source)[0], left + before, right + after
+    return source, left
+
+
+def _ends(x: fx.Node, behind: int) -> tuple[int, int] | None:
+    """How many zeros an op puts before and behind one axis, and nothing else; fewer than none where it cuts."""
+    rank = x.meta["val"].dim()
+    if x.target is aten.slice.Tensor:
+        given = named(x)
+        start, end, along = given["start"], given["end"], given["dim"] % rank == rank - behind
+        cut = along and not start and given["step"] == 1 and isinstance(end, int) and end < 0
+        return (0, end) if cut else None
     if x.target not in PADS or filled(x) != 0:
-        return x, 0
-    source, amounts = arguments(x)[:2]
-    place = 2 * (behind - 1)
-    before = amounts[place] if place < len(amounts) else 0
-    others = [*amounts[:place], *amounts[place + 2 :]]
-    both = amounts[place : place + 2]  # rows that are taken away are no zeros for taps that reach them
-    cut = any(not isinstance(amount, int) or amount < 0 for amount in both)
-    return (x, 0) if cut or any(others) else (source, before)
+        return None
+    amounts, place = list(arguments(x)[1]), 2 * (behind - 1)
+    both = [*amounts, 0, 0][place : place + 2] if place <= len(amounts) else [0, 0]
+    if any([*amounts[:place], *amounts[place + 2 :]]) or not all(isinstance(amount, int) for amount in both):
+        return None
+    return both[0], both[1]
 
 
 def _kept(node: fx.Node, length: Any) -> list[fx.Node]:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tests.coverage.base import DEPTH, Decoder, grid
+from tests.coverage.base import DEPTH, SIZE, Decoder, grid
 from tests.coverage.positions import CountedPositions, left_padding
 
 
@@ -421,7 +421,37 @@ class Grid(Decoder):
         return j <= i
 
 
+class BlockBefore(Decoder):
+    """A mean over the block of three rows before a row's own."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        _, _, v = self.project(x, layer)
+        i, j = grid(x)
+        weights = ((j < i // 3 * 3) & (j >= i // 3 * 3 - 3)).float()
+        return self.merge((weights / weights.sum(-1, keepdim=True).clamp(min=1)) @ v, layer)
+
+
+class PushedConvolution(Decoder):
+    """Convolutions that see the rows before their own only: more is padded than they reach, and the rest cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(SIZE, SIZE, taps) for taps in (2, 2, 2, 3))
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        a, b, c, d = self.convs
+        x = self.embed(ids).mT
+        x = x + a(pad(x, (2, -1)))
+        x = x + b(pad(x, (2, 0))[..., :-1])
+        x = x + c(pad(x[..., :-1], (2, 0)))
+        return (x + d(pad(pad(x, (3, 1))[..., :-2], (0, 0)))).mT
+
+
 MASKS = (
+    BlockBefore,
+    PushedConvolution,
     Dilated,
     SinksAndWindow,
     MixedLayers,
