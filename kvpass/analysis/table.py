@@ -321,7 +321,8 @@ def _without(op: Op, parts: Parts, gone: list[Label]) -> tuple[Boolean, Fill | N
 
 
 def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolean, fill: Fill | None) -> None:
-    """With a finite fill a row that keeps no key turns into a mean over all keys: require row i to keep its own.
+    """With a finite fill a row that keeps no key turns into a mean over all keys: require row i to keep its own, or all
+    to keep the first one.
 
     Where only the caller's data can empty the row (padding), such rows are marked meaningless instead; what weights or
     buffers have a part in is no padding.
@@ -329,6 +330,8 @@ def keeps_a_key(op: Op, parts: Parts, j: Label, i: Label | None, support: Boolea
     if fill is not Fill.NEG or i is None:
         return
     scope = op.scope
+    if substitute(scope.resolve(support), {symbol(j): ZERO}) == sympy.true:  # the first key is seen by all
+        return
     own = row_of(scope, i) - scope.atoms[j].start
     diagonal = sympy.And(substitute(scope.resolve(support), {symbol(j): own}), compare("ge", own, ZERO))
     for term in sympy.And.make_args(simplify(diagonal)):
