@@ -205,6 +205,29 @@ def test_a_capture_that_fails_inside_of_a_vmap() -> None:
     assert code_of(model, ids()) == "KV109"
 
 
+def test_an_op_that_checks_what_it_is_given() -> None:
+    def turned(model: Model, x: Tensor) -> Tensor:
+        return x @ torch.inverse(model.key.weight + 2 * torch.eye(8))
+
+    assert code_of(Model(turned), ids()) == "KV109"
+    refusal = backend.records()[-1].refusal
+    assert "torch.inverse" in str(refusal)
+
+
+def test_the_first_cause_is_said() -> None:
+    """Rows that a mask may leave without keys are read, but that mask is made of all rows in the first place."""
+
+    class Chosen(Model):
+        def forward(self, ids: Tensor, *more: Any) -> Tensor:
+            x, size = self.embed(ids), ids.float()
+            hidden = (size < size.topk(3).values[:, -1:])[:, None] | torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            x = ((x @ x.mT).masked_fill(hidden, -1e9).softmax(-1) @ x)[:, None]
+            return self.out(sdpa(x, self.key(x), x, is_causal=True)[:, 0, -1:])
+
+    assert code_of(Chosen(same), ids()) == "KV202"
+    assert "topk" in str(backend.records()[-1].refusal)
+
+
 def test_a_guard_without_a_value_holds_for_no_length() -> None:
     """Chunks of ``s // 64`` rows: below 64 torch itself would divide by zero."""
     rows = sympy.Symbol("s", integer=True, positive=True)
