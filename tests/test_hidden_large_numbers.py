@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, softplus
+from torch.nn.functional import glu, pad, scaled_dot_product_attention, softplus
 
 import kvpass
 from tests.coverage.base import DEPTH, SIZE, VOCAB, Decoder, build, grid
@@ -301,6 +301,10 @@ class Times(Decoder):
             "squares": lambda: masked + ((t - t[:, :1])[:, None, None] * slopes) ** 2,
             "sums": lambda: masked + more[0].cumsum(-1).float()[:, None, None] * slopes,
             "sdpa": lambda: low + gap * slopes,
+            "triangle": lambda: masked + (torch.ones_like(low).tril() @ t[..., None]).mT[:, None] * slopes,
+            "bounds": lambda: masked + t.clamp(0, 1e12)[:, None, None] * slopes,
+            "means": lambda: masked + (masked[:, 0].softmax(-1) @ t[..., None]).mT[:, None] * slopes,
+            "glu": lambda: masked + glu(torch.stack((t, t), -1)).mT[:, None] * slopes,
         }[self.how]()
         if self.how == "sdpa":
             return self.merge(scaled_dot_product_attention(q, k, v, attn_mask=score), layer)
@@ -309,7 +313,23 @@ class Times(Decoder):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=["integers", "floats"])
 @pytest.mark.parametrize(
-    "how", ["slopes", "einsum", "linear", "mean", "kept", "places", "baddbmm", "squares", "sums", "sdpa"]
+    "how",
+    [
+        "slopes",
+        "einsum",
+        "linear",
+        "mean",
+        "kept",
+        "places",
+        "baddbmm",
+        "squares",
+        "sums",
+        "sdpa",
+        "triangle",
+        "bounds",
+        "means",
+        "glu",
+    ],
 )
 @torch.no_grad()
 def test_times_that_undo_a_mask(how: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:

@@ -371,7 +371,8 @@ def _cast(value: Value, dtype: torch.dtype) -> Value | None:
 @rule(*_op(*(name for name in _OTHERS if hasattr(aten, name))))
 def other(op: Op) -> Out:
     parts, name = op.gather(), _name(op)
-    parts.large = parts.large or op.names_large()
+    if name in ("addcmul", "addcdiv", "lerp"):
+        parts.large = parts.large or op.names_large()
     known = op.known(op.args[0]) if isinstance(op.args[0], Operand) else None
     steep = name != "softplus" or (op.arg(1, "beta", 1) >= 1 and op.arg(2, "threshold", 20) >= 0)
     if known is not None and steep and name in ("exp", "exp2", "sigmoid", "softplus") and known[1] is not Fill.ZERO:
