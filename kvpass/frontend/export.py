@@ -17,10 +17,17 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, has_metadata_mutation, to_fun
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
+from torch._higher_order_ops.effects import has_effects
 from torch._inductor.fx_passes.dedupe_symint_uses import dedupe_symints
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_disable_thunkify, maybe_enable_thunkify
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -38,6 +45,7 @@ _READ = frozenset([
     aten.argsort.stable, aten.chunk.default, aten.contiguous.default, aten.gru_cell.default, aten.meshgrid.default,
     aten.meshgrid.indexing, aten.positive.default, aten.sym_size.int, aten.type_as.default, aten.unflatten.int,
 ])  # written in others, and read as they are  # fmt: skip
+_FUNCTIONALIZE = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 _IDLE = {torch._C._log_api_usage_once}  # return nothing, and change nothing that tracing sees
 
 
@@ -101,6 +109,9 @@ def _to_aten(
     try:
         with trace.tracing, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
+            once = _traced_once(gm, fakes, spelled)
+            if once is not None:
+                return once
             module, signature = aot_export_module(
                 gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=dict(spelled)
             )
@@ -114,6 +125,45 @@ def _to_aten(
     assert isinstance(module, fx.GraphModule)
     if signature.input_tokens:
         raise errors.CaptureFailed(detail="an op raises an error by what it is given, as `torch.inverse` does")
+    return module
+
+
+def _traced_once(
+    gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
+) -> fx.GraphModule | None:
+    """What `aot_export_module` returns for a graph that only computes, which it runs twice: first to learn that.
+
+    None where the graph does more (it writes into inputs, or has effects), or where tensors are made of others.
+    """
+    mode = detect_fake_mode(fakes)
+    lifted = [*gm.parameters(), *gm.buffers()]
+    if mode is None or mode.shape_env is None or lifted or any(map(is_traceable_wrapper_subclass, fakes)):
+        return None
+    writes = False
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        nonlocal writes
+        # Functionalization in C++ would come before the one that is traced.
+        with maybe_enable_thunkify(), torch._C._ExcludeDispatchKeyGuard(_FUNCTIONALIZE):
+            given = [to_fun(arg) for arg in args]
+            with preserve_node_meta(), maybe_disable_thunkify():
+                mode.epoch += 1  # each run has symbols of its own for what data decides
+                results = PropagateUnbackedSymInts(gm).run(*given)
+            pairs = [(new, old) for new, old in zip(given, args, strict=True) if isinstance(old, torch.Tensor)]
+            writes = any(
+                has_data_mutation(new) or has_metadata_mutation(new, old, check_only_storage_mutation=False)
+                for new, old in pairs
+            )
+            return tuple(pytree.tree_map(from_fun, results))
+
+    with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
+        module = make_fx(run, decomposition_table=dict(spelled), record_module_stack=True, pre_dispatch=True)(
+            *_of_one_mode(fakes)
+        )
+    if writes or any(has_effects(node.target) for node in module.graph.nodes if node.op == "call_function"):
+        return None
+    module.graph.eliminate_dead_code()
+    module.recompile()
     return module
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import kvpass
 from kvpass.frontend import export
@@ -380,25 +379,17 @@ def described(traced: trace.Traced) -> list[Any]:
 
 def test_no_step_is_traced_while_a_model_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch takes sizes that any thread computes with for those of a trace before dispatch: steps stayed op by op."""
-    inside, original, prepared = threading.Event(), export.aot_export_module, steps.Arguments.tape
+    inside, prepared = threading.Event(), steps.Arguments.tape
 
-    class Slow(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args: Any) -> Any:
-            if get_proxy_mode() is not None:
-                inside.set()
-                time.sleep(1)
-            return self.inner(*args)
+    class Slow(export.PropagateUnbackedSymInts):
+        def run(self, *args: Any) -> Any:
+            inside.set()
+            time.sleep(1)
+            return super().run(*args)
 
     def later(*args: Any) -> Any:
         assert inside.wait(60)
         return prepared(*args)
-
-    def slowly(gm: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original(Slow(gm), *args, **kwargs)
 
     monkeypatch.setattr(steps.Arguments, "tape", later)
     ids = torch.arange(12)[None]
@@ -406,7 +397,7 @@ def test_no_step_is_traced_while_a_model_is(model: Model, monkeypatch: pytest.Mo
     with torch.no_grad():
         fast(ids)
         program = records()[-1].program
-        monkeypatch.setattr(export, "aot_export_module", slowly)
+        monkeypatch.setattr(export, "PropagateUnbackedSymInts", Slow)
         kvpass.compile(Model(1).eval())(ids)
     for future in program.steps.pending():  # type: ignore[union-attr]
         future.result()
