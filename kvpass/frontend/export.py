@@ -157,9 +157,7 @@ def _traced_once(
             return tuple(pytree.tree_map(from_fun, results))
 
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
-        module = make_fx(run, decomposition_table=dict(spelled), record_module_stack=True, pre_dispatch=True)(
-            *_of_one_mode(fakes)
-        )
+        module = make_fx(run, decomposition_table=dict(spelled), pre_dispatch=True)(*_of_one_mode(fakes))
     if writes or any(has_effects(node.target) for node in module.graph.nodes if node.op == "call_function"):
         return None
     module.graph.eliminate_dead_code()
