@@ -102,13 +102,13 @@ class Op:
         passed = {s.name for n in values for s in n.free_symbols if s.name in bounds}
         return frozenset(passed).union(*(x.fact.raw for x in operands))
 
-    def of_any_size(self, operand: Operand, low: float) -> bool:
-        """True of an operand that is made of numbers of the call, which may reach what is very negative, at most
-        ``low``; not of what is zero or one.
+    def reaches(self, operand: Operand, low: float) -> bool:
+        """True of an operand whose ordinary entries may be as large as what is very negative, at most ``low``: known to
+        be, or made of numbers of the call. Arguments of zeros and ones do not; they are taken for that from here on.
         """
         axes, names = self.scope.axes, self.raw(operand)
-        if low <= -PASSED:
-            return False
+        if operand.fact.large or low <= -PASSED:
+            return operand.fact.large
         if names and names <= set(axes.flags.values()):
             axes.taken.update(names)
             return False

@@ -84,10 +84,11 @@ def _kept(
             elif scope.size(mine) != 1:
                 axes[-k][:] = scope.pair(list(mine), other, [x for x in op.operands if x is not mask], mask)
         known = op.known(mask)
-        large = [x for x in (mask, *op.operands[:2]) if x.fact.large or (x is mask and op.of_any_size(x, x.fact.low))]
-        if mask.fact.fill is Fill.NEG and large:
-            op.undo(parts, large[0])
-            known = None
+        if mask.fact.fill is Fill.NEG:
+            large = [x for x in (mask, *op.operands[:2]) if (op.reaches(x, x.fact.low) if x is mask else x.fact.large)]
+            if large:
+                op.undo(parts, large[0])
+                known = None
         if known is not None and (mask.fact.dtype is torch.bool or known[1] is not Fill.ZERO):
             support, fill = known[0], Fill.NEG_INF if mask.fact.dtype is torch.bool else known[1]
     if op.arg(5, "is_causal", False):

@@ -85,10 +85,11 @@ def _add(op: Op, product: Out, bias: Operand) -> Out:
     parts.support, parts.fill = sympy.true, None
     known = op.known(bias)
     beta = op.kwargs.get("beta", 1)
-    large = [x for x in op.operands if x is not bias and parts.raw & op.raw(x) and op.of_any_size(x, bias.fact.low)]
-    if known is not None and known[1] is Fill.NEG and large:
-        op.undo(parts, large[0])
-        known = None
+    if known is not None and known[1] is Fill.NEG:
+        large = [x for x in op.operands if x is not bias and parts.raw & op.raw(x) and op.reaches(x, bias.fact.low)]
+        if large:
+            op.undo(parts, large[0])
+            known = None
     parts.raw |= op.raw(bias)
     if known is not None and (beta >= 1 if known[1] is Fill.NEG else beta > 0 and known[1] is Fill.NEG_INF):
         parts.support, parts.fill = known

@@ -209,10 +209,10 @@ def _sum_support(op: Op, parts: Parts) -> tuple[Boolean, Fill | None]:
     low = [k for k in known if k is not None and k[1] is not Fill.ZERO]
     if low:
         masked = any(k[1] is Fill.NEG for k in low)
-        cancels = [k for k in (0, 1) if masked and _may_cancel(op, k, _lowest(op))]
-        if cancels:
-            if isinstance(op.args[cancels[0]], Operand):
-                op.undo(parts, op.args[cancels[0]])
+        cancels = next((a for k, a in enumerate(op.args[:2]) if masked and _may_cancel(op, k, _lowest(op))), None)
+        if cancels is not None:
+            if isinstance(cancels, Operand):
+                op.undo(parts, cancels)
             return sympy.true, None
         fill = Fill.NEG_INF if all(k[1] is Fill.NEG_INF for k in low) else Fill.NEG
         return sympy.And(*(k[0] for k in low)), fill
@@ -250,7 +250,7 @@ def _may_cancel(op: Op, k: int, low: float) -> bool:
     """True of a term in closed form that may be large enough to bring a very negative entry back, or others down."""
     expr, term = _term(op, k), op.args[k]
     if expr is None:  # scores and what is learnt are of ordinary size
-        return isinstance(term, Operand) and (op.of_any_size(term, low) or term.fact.large)
+        return isinstance(term, Operand) and op.reaches(term, low)
     if low <= -PASSED and rounding.is_below(expr, PASSED, op.scope.axes.bounds):
         return False
     return any(not val.is_number or (abs(val) > 1000 and Fill.of(val) is None) for val, _ in branches(expr))

@@ -53,7 +53,7 @@ def _reduce(op: Op, dims: Any, keepdim: bool, ignores: tuple[Fill, ...], outputs
         if known is not None:
             parts.support, parts.fill = known
         parts.raw = op.raw(x)
-        if known is not None and known[1] is Fill.NEG and (x.fact.large or op.of_any_size(x, x.fact.low)):
+        if known is not None and known[1] is Fill.NEG and op.reaches(x, x.fact.low):
             op.undo(parts, x)
             known, parts.support, parts.fill = None, sympy.true, None
         if known is not None and known[1] in ignores:
@@ -188,7 +188,7 @@ def softmax(op: Op) -> Out:
     rest = [label for label in x.labels if label not in labels]
     log = "log" in name_of(op.node)
     support, fill = known if known is not None and known[1] in MASKS else (sympy.true, None)
-    if fill is Fill.NEG and (x.fact.large or op.of_any_size(x, x.fact.low)):
+    if fill is Fill.NEG and op.reaches(x, x.fact.low):
         op.undo(parts, x)
         support, fill = sympy.true, None
     own: list[Label | None] = []
