@@ -6,7 +6,7 @@ import pytest
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from kvpass.analysis.expressions import chosen, minimal, simplify, tidy
+from kvpass.analysis.expressions import chosen, implies, minimal, simplify, tidy
 
 ROW, KEY = sympy.symbols("x0 x1", integer=True, nonnegative=True)
 FLAG = sympy.Function("flag", integer=True)(KEY)
@@ -32,6 +32,22 @@ def test_conditions(condition: Boolean, short: int) -> None:
     for found in (minimal(condition), simplify(condition)):
         assert values(found) == values(condition)
     assert len(minimal(condition).atoms(sympy.core.relational.Relational)) == short
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shift", range(-4, 5))
+@pytest.mark.parametrize("of", ["query", "key", "both"])
+def test_bounds_on_blocks(size: int, shift: int, of: str) -> None:
+    """What is proved of a window by blocks holds for every pair of rows, and a window of earlier rows is proved."""
+    query, key = (
+        size * sympy.floor(row / size) if of in (name, "both") else row for row, name in ((ROW, "query"), (KEY, "key"))
+    )
+    seen = sympy.Le(key, query + shift)
+    later = [(i, j) for i in range(12) for j in range(i + 1, 16) if seen.subs({ROW: i, KEY: j}) == sympy.true]
+    ahead = sympy.Symbol("d", integer=True, nonnegative=True)
+    proved = implies(seen.xreplace({KEY: ROW + 1 + ahead}), sympy.false)
+    assert not (proved and later)
+    assert proved or later or of != "query"
 
 
 def test_a_value_under_its_own_condition() -> None:
