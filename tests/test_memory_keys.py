@@ -20,6 +20,7 @@ class Memory(Decoder):
     """Learnt keys and values in each layer (prefix tuning), before those of the rows."""
 
     layers = 2
+    kernels = 2
     behind = False
 
     def __init__(self) -> None:
@@ -111,6 +112,7 @@ class Zero(Memory):
 class Module(Decoder):
     """`nn.MultiheadAttention` with a learnt key and value behind the rows."""
 
+    kernels = 1
     options: ClassVar[dict[str, bool]] = {"add_bias_kv": True}
     weights = False
 
@@ -131,6 +133,45 @@ class ModuleWeights(Module):
 
 class ModuleZero(Module):
     options: ClassVar[dict[str, bool]] = {"add_zero_attn": True}
+
+
+class ModuleBoth(Module):
+    options: ClassVar[dict[str, bool]] = {"add_bias_kv": True, "add_zero_attn": True}
+
+
+class Apart(Memory):
+    """What is learnt has a softmax of its own, behind a gate (LLaMA-Adapter)."""
+
+    kernels = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.mT * DEPTH**-0.5
+        ours = scores[..., MEMORY:].masked_fill(~mask[:, MEMORY:], NEG_INF)
+        return torch.cat([scores[..., :MEMORY].softmax(-1).tanh(), ours.softmax(-1)], -1) @ v
+
+
+class Beside(Memory):
+    """Scores of both are put beside each other, of which some have a finite mask."""
+
+    kernels = 0
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        memory = self.remembered(x, layer)
+        ours = (q @ k.mT * DEPTH**-0.5).masked_fill(~self.seen(x, layer), -1e9)
+        scores = torch.cat([q @ memory[0].mT, ours], -1)
+        return self.merge(scores.softmax(-1) @ torch.cat([memory[1], v], 2), layer)
+
+
+class Spilled(Beside):
+    """A fault: of both scores the ones that are learnt are masked."""
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        q, k, v = self.project(x, layer)
+        memory = self.remembered(x, layer)
+        theirs = (q @ memory[0].mT).masked_fill(torch.arange(MEMORY) > 0, -1e9)
+        scores = torch.cat([theirs, q @ k.mT], -1)
+        return self.merge(scores.softmax(-1) @ torch.cat([memory[1], v], 2), layer)
 
 
 class Crossed(Behind):
@@ -198,19 +239,19 @@ def reported(kind: type[Decoder]) -> tuple[kvpass.Report, kvpass.Cache]:
     return kvpass.Report.of(found), cache
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [Memory, Behind, Padded, PaddedBehind, Window, Encoded, Convolved, Zero, Module, ModuleWeights, ModuleZero],
-    ids=lambda kind: kind.__name__,
-)
+KERNELS = (Memory, Behind, Padded, PaddedBehind, Window, Encoded, Convolved, Zero)
+MODULES = (Module, ModuleWeights, ModuleZero, ModuleBoth)
+
+
+@pytest.mark.parametrize("kind", [*KERNELS, *MODULES, Apart, Beside], ids=lambda kind: kind.__name__)
 def test_is_proven_cached_and_computed_by_kernels(kind: type[Decoder]) -> None:
     report, cache = reported(kind)
     assert report.proven, str(report)
-    assert [a.lowering[:3] for a in report.attention] == ["C++"] * kind.layers * report.graphs, str(report)
+    assert [a.lowering[:3] for a in report.attention] == ["C++"] * kind.kernels * report.graphs, str(report)
     assert cache.stats().rows_reused > 0
 
 
-@pytest.mark.parametrize("kind", [Crossed, Itself, Cut, OfTheRows, Counted], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Crossed, Itself, Cut, OfTheRows, Counted, Spilled], ids=lambda kind: kind.__name__)
 def test_a_fault_is_refused(kind: type[Decoder]) -> None:
     report, cache = reported(kind)
     assert not report.proven

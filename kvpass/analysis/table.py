@@ -269,6 +269,10 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
             )
         if atom.kind is not Kind.SEQ:
             continue
+        if (atom.start + atom.size).is_nonpositive:  # what stands before the first row depends on none
+            parts.deps -= {label for label in parts.deps if op.scope.representative(label) == j}
+            reads_rows(op, parts, [j], support)
+            continue
         row, ahead = bound(op, j, kept, support)
         parts.ahead |= ahead
         _forget_row(op, parts, j, row, support)

@@ -305,21 +305,24 @@ def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:
         args = arguments(node)
         if node.target in JOINS:
             (*others, last), axis = args[0], dim_of(node, 1) % node.meta["val"].dim()
-            before = sympy.Add(*(sym(piece.meta["val"].shape[axis]) for piece in others))
-            if _is_text(last, axis, seq) and before != 0 and not before.has(seq):
-                joined.append(before)
+            size = sympy.Add(*(sym(piece.meta["val"].shape[axis]) for piece in others))
+            before = _before_text(last, axis, seq)
+            if before is not None and size != 0 and not size.has(seq):
+                joined.append(before + size)
         elif node.target in PADS:
             last = args[0].meta["val"].dim() - 1
             for k, (first, then) in enumerate(zip(args[1][::2], args[1][1::2], strict=True)):
-                if isinstance(first, int) and first > 0 and then == 0 and _is_text(args[0], last - k, seq):
-                    padded.append(sympy.Integer(first))
+                before = _before_text(args[0], last - k, seq)
+                if isinstance(first, int) and first > 0 and then == 0 and before is not None:
+                    padded.append(before + first)
     return list(dict.fromkeys([*joined, sympy.Integer(0), *padded]))
 
 
-def _is_text(x: fx.Node, axis: int, seq: sympy.Symbol) -> bool:
-    """True where an axis is as long as the text, and no other grows."""
+def _before_text(x: fx.Node, axis: int, seq: sympy.Symbol) -> sympy.Expr | None:
+    """How much longer than the text an axis is, where no other grows: what may stand before the rows already."""
     sizes = [sym(size) for size in x.meta["val"].shape]
-    return bool(sizes[axis] == seq and sum(size.has(seq) for size in sizes) == 1)
+    more = sympy.expand(sizes[axis] - seq)
+    return more if more.is_nonnegative and sum(size.has(seq) for size in sizes) == 1 else None
 
 
 def _batch_size(

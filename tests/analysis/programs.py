@@ -46,6 +46,11 @@ class Env:
         return self.i <= self.i[:, None]
 
     @cached_property
+    def band(self) -> Tensor:
+        """True of a row and the one before it."""
+        return self.allowed & (self.i[:, None] - self.i < 2)
+
+    @cached_property
     def scores(self) -> Tensor:
         return self.x @ self.y.mT
 

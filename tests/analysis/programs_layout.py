@@ -78,6 +78,20 @@ LAYOUT: dict[str, Case] = {
     "unbind": Case(lambda e: e.x.unbind(-1)[3], "row"),
     # joining
     "cat_features": Case(lambda e: torch.cat([e.x, e.y], -1), "row"),
+    "cat_of_masked": Case(lambda e: torch.cat([e.weights, 2 * e.weights * e.band], 0)[: len(e.x)] @ e.y, "batch"),
+    "cat_heads_of_masked": Case(
+        lambda e: torch.cat([e.weights[:, None], 2 * (e.weights * e.band)[:, None]], 1) @ e.y[:, None], "row"
+    ),
+    "stack_of_masked": Case(lambda e: torch.stack([e.finite, e.finite * 2], 1).softmax(-1) @ e.y[:, None], "row"),
+    "cat_of_masked_and_not": Case(
+        lambda e: torch.cat([e.weights[:, None], e.scores[:, None]], 1) @ e.y[:, None], "whole"
+    ),
+    "cat_of_low_and_masked": Case(
+        lambda e: torch.cat([e.finite[:, None], e.masked[:, None]], 1).softmax(-1) @ e.y[:, None], "row"
+    ),
+    "cat_of_low_and_zero": Case(
+        lambda e: torch.cat([e.finite[:, None], e.weights[:, None]], 1).softmax(-1) @ e.y[:, None], "whole"
+    ),
     "concat": Case(lambda e: aten.concat.default([e.x, e.y], 2), "row"),
     "cat_rotate_half": Case(lambda e: torch.cat([-e.x[..., 2:], e.x[..., :2]], -1), "row"),
     "cat_before": Case(lambda e: torch.cat([e.bias.expand(e.x.shape[0], 1, 4), e.x[:, :-1]], 1), "row"),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 
 from kvpass import errors
 from kvpass.analysis.expressions import Value, boolean, branches, compare, join, number, simplify
-from kvpass.analysis.facts import ZERO, Atom, Expr, Kind
-from kvpass.analysis.scope import Dims, Label, Operand, Parts, symbol
-from kvpass.analysis.table import Op, Out, expression, reads_rows, row_labels, rule
+from kvpass.analysis.facts import MASKS, NEGATIVE, ZERO, Atom, Expr, Fill, Kind
+from kvpass.analysis.scope import Dims, Label, Operand, Parts, Scope, symbol
+from kvpass.analysis.table import Op, Out, expression, lowest, reads_rows, row_labels, rule
 
 aten = torch.ops.aten
+_MOST_BRANCHES = 8
 
 
 @rule(aten.cat.default, aten.concat.default)
@@ -48,6 +51,7 @@ def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> O
     if rows:
         _shift_rows(op, parts, pieces, axis, offsets, new)
     parts.expr = _piecewise(op, pieces, axis, offsets, symbol(new))
+    parts.support, parts.fill, parts.low = _filled(op, pieces, axis, offsets, symbol(new))
     dims[axis] = [new]
     return Out(dims, parts, ghosts)
 
@@ -80,7 +84,7 @@ def _prefixed(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], new
         scope.axes.lead == 0
         or offsets[-1] != scope.axes.lead
         or len(last) != 1
-        or any(x.fact.deps for x in pieces[:-1])
+        or not _of_no_row(scope, pieces[:-1], axis)
     ):
         return False
     atom = scope.atoms[last[0]]
@@ -93,6 +97,12 @@ def _prefixed(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], new
     scope.same[last[0]] = new
     scope.subst[symbol(last[0])] = symbol(new) - scope.axes.lead
     return True
+
+
+def _of_no_row(scope: Scope, pieces: list[Operand], axis: int) -> bool:
+    """True of pieces that depend on no row but on those of their other axes."""
+    others = [{label for k, dim in enumerate(x.dims) if k != axis for label in dim} for x in pieces]
+    return all(scope.deps(x) <= beside for x, beside in zip(pieces, others, strict=True))
 
 
 def moves_with_the_length(op: Op, parts: Parts, first: Expr) -> None:
@@ -110,12 +120,41 @@ def _piecewise(op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], pl
         if value is None or len(x.dims[axis]) > 1:
             return None
         here = {symbol(label): place - offset for label in x.dims[axis]}
-        value = number(value).xreplace(here)
-        last = compare("lt", place, offsets[k + 1]) if k + 1 < len(offsets) else sympy.true
-        inside = sympy.And(compare("ge", place, offset), last)
+        value, inside = number(value).xreplace(here), _inside(offsets, k, place)
         parts += [(val, simplify(sympy.And(inside, cond))) for val, cond in branches(value)]
-    if len(parts) > 8:
+    if len(parts) > _MOST_BRANCHES:
         return None
     if op.dtypes[0] is torch.bool:
         return simplify(sympy.Or(*(sympy.And(boolean(value), cond) for value, cond in parts)))
     return join(parts)
+
+
+def _inside(offsets: list[Expr], k: int, place: sympy.Symbol) -> Boolean:
+    """Where entries are those of piece ``k``."""
+    last = compare("lt", place, offsets[k + 1]) if k + 1 < len(offsets) else sympy.true
+    return sympy.And(compare("ge", place, offsets[k]), last)
+
+
+def _filled(
+    op: Op, pieces: list[Operand], axis: int, offsets: list[Expr], place: sympy.Symbol
+) -> tuple[Boolean, Fill | None, float]:
+    """Support, fill and lowest number of a concatenation: pieces without a fill hold nothing but ordinary entries."""
+    known = [op.known(x) for x in pieces]
+    fills = {k[1] for k in known if k is not None}
+    if not fills or not (len(fills) == 1 or fills <= set(MASKS)) or len(pieces) > _MOST_BRANCHES:
+        return sympy.true, None, NEGATIVE
+    kept, low = [], -math.inf
+    for k, (x, found) in enumerate(zip(pieces, known, strict=True)):
+        support, fill = found or (sympy.true, None)
+        here = {symbol(label): place - offsets[k] for label in x.dims[axis]}
+        if len(x.dims[axis]) > 1 and support.free_symbols & here.keys():
+            return sympy.true, None, NEGATIVE
+        kept.append(support.xreplace(here))
+        if fill is Fill.NEG:
+            low = max(low, x.fact.low if x.fact.expr is None else lowest(x.fact.expr))
+    fill = Fill.NEG if Fill.NEG in fills else next(iter(fills))
+    low = low if fill is Fill.NEG else NEGATIVE
+    if len(set(kept)) == 1:
+        return kept[0], fill, low
+    parts = (sympy.And(_inside(offsets, k, place), support) for k, support in enumerate(kept))
+    return simplify(sympy.Or(*parts)), fill, low
