@@ -110,6 +110,32 @@ def test_no_stale_answer(change: Callable[[Small], None], on_host: bool, monkeyp
     torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
 
 
+class Masked(nn.Module):
+    """A convolution over both sides, of which a mask takes away what looks ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.head = nn.Embedding(19, 8), nn.Conv1d(8, 8, 5, padding=2), nn.Linear(8, 19)
+        self.register_buffer("taps", (torch.arange(5) < 3).float())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self.conv.weight * self.taps
+        return self.head(nn.functional.conv1d(self.embed(ids).mT, weight, self.conv.bias, padding=2).mT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [1, 2])
+def test_zeros_that_the_proof_used_are_written_over(more: int) -> None:
+    torch.manual_seed(0)
+    model, ids = Masked().eval(), torch.arange(15)[None] % 19
+    fast = kvpass.compile(model, verify=False)
+    for rows in (9, 11):
+        torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+    model.taps[2 : 2 + more] += 0.5
+    for rows in (12, 14, 15, 10):
+        torch.testing.assert_close(fast(ids[:, :rows]), model(ids[:, :rows]))
+
+
 @torch.no_grad()
 def test_nothing_refers_to_a_weight_weakly() -> None:
     """`swap_tensors` would refuse it; a refusal that is kept, of one fixed length here, keeps no frame of Dynamo's."""

@@ -170,6 +170,25 @@ def meta() -> str:
     return refusal.code
 
 
+class MasksItsWeight(nn.Module):
+    """A convolution that writes zeros into its own weight, past the version counter (PixelCNN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(16, 8), nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.conv.weight.data *= torch.tensor([1.0, 1.0, 0.0])
+        return self.conv(self.embed(ids).mT).mT
+
+
+def test_a_write_into_a_weight_names_it() -> None:
+    assert code_of(MasksItsWeight(), ids()) == "KV107"
+    refusal = backend.records()[-1].refusal
+    assert refusal is not None
+    assert "_modules['conv']._parameters['weight']" in str(refusal)
+
+
 @pytest.mark.parametrize("code", BY_CALL)
 def test_refused_by_a_call(code: str) -> None:
     assert BY_CALL[code]() == code

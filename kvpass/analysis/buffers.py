@@ -7,6 +7,7 @@ outside which it is constant.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import sympy
@@ -31,12 +32,13 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or not 1 <= len(axes) <= 4:
         return None
     flat = tensor.detach().reshape([tensor.shape[k] for k in axes])
-    if len(axes) == 1:
-        return _ramp(flat.cpu(), index(0))
-    if flat.shape[-2] < 2 or not _first_row_fits(flat[(0,) * (len(axes) - 1)]):
+    if not _first_row_fits(flat[(0,) * (len(axes) - 1)]) and len(axes) > 1:
         return None
     flat = flat.cpu()
-    form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
+    form = _ramp(flat, index(0)) if len(axes) == 1 else None
+    if len(axes) > 1 and flat.shape[-2] > 1:
+        form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
+    form = form if form is not None else _taps(flat)
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)
 
 
@@ -76,6 +78,23 @@ def _ramp(row: torch.Tensor, x: sympy.Symbol) -> Value | None:
     return sympy.Integer(first) + step * x if torch.equal(row.long(), expected) else None
 
 
+def _taps(m: torch.Tensor) -> Value | None:
+    """Ones and zeros, both, which change a few times along the last axis and along no other: taps of a convolution."""
+    row = m[(0,) * (m.dim() - 1)]
+    starts = _runs(row)
+    if not 1 < len(starts) < _MOST_VALUES or not bool(((row == 0) | (row == 1)).all()):
+        return None
+    if not torch.equal(m, row.expand_as(m)):
+        return None
+    pieces = [(_value(row[k]), index(m.dim() - 1) < end) for k, end in itertools.pairwise(starts)]
+    return sympy.Piecewise(*pieces, (_value(row[starts[-1]]), True))
+
+
+def _runs(row: torch.Tensor) -> list[int]:
+    """Where runs of equal entries begin, of those of which there are more than a formula has, so many."""
+    return [0] + [int(k) + 1 for k in torch.nonzero(row[1:] != row[:-1]).flatten()[:_MOST_VALUES]]
+
+
 def _value(entry: torch.Tensor) -> Value | None:
     return constant(float(entry)) if entry.dtype.is_floating_point else constant(int(entry))
 
@@ -84,7 +103,7 @@ def _bands(m: torch.Tensor) -> Value | None:
     """A function of ``j - i`` that takes few values: triangles, bands, windows."""
     rows, cols = m.shape
     by_offset = torch.cat([m[:, 0].flip(0), m[0, 1:]])  # offsets -(rows-1) .. cols-1
-    starts = [0] + [int(k) + 1 for k in torch.nonzero(by_offset[1:] != by_offset[:-1]).flatten()[:_MOST_VALUES]]
+    starts = _runs(by_offset)
     if len(starts) > _MOST_VALUES:
         return None
     i, j = torch.arange(rows).unsqueeze(1), torch.arange(cols)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form, entries_of
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.frontend.export import exported, value_of
+from kvpass.frontend.export import exported, source_of, value_of
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
 from kvpass.ir import Captured, Input, Role, holds
@@ -281,8 +281,7 @@ def _described(
     inputs, constants = [], {}
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     for k, (node, fake, value) in enumerate(zip(nodes, fakes, real, strict=True)):
-        source = getattr(getattr(places[k].meta.get("grapharg"), "source", None), "name", places[k].name)
-        source = source() if callable(source) else str(source)
+        source = source_of(places[k])
         given = Input(node.name, k, Role.SYMBOL, source)
         if isinstance(fake, torch.Tensor):
             given = _tensor_input(node.name, k, source, fake, value, constant[k], reading, batch)

@@ -105,11 +105,11 @@ def _is_composite(op: Any) -> bool:
 def _to_aten(
     gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
 ) -> fx.GraphModule:
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    depth, written = torch._C._functorch.get_dynamic_layer_stack_depth(), list[str]()
     try:
         with trace.tracing, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
-            once = _traced_once(gm, fakes, spelled)
+            once = _traced_once(gm, fakes, spelled, written)
             if once is not None:
                 return once
             module, signature = aot_export_module(
@@ -118,10 +118,12 @@ def _to_aten(
     except Exception as error:
         # Dynamo writes entering and leaving a `vmap` as calls in the graph: an error between them leaves it open.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if written:
+            raise errors.Mutation(detail=", ".join(written)) from error
         raise errors.CaptureFailed(detail=f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
     changed = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if changed:
-        raise errors.Mutation(detail=", ".join(sorted(map(str, changed.values()))))
+        raise errors.Mutation(detail=", ".join(written or sorted(map(str, changed.values()))))
     assert isinstance(module, fx.GraphModule)
     if signature.input_tokens:
         raise errors.CaptureFailed(detail="an op raises an error by what it is given, as `torch.inverse` does")
@@ -129,40 +131,52 @@ def _to_aten(
 
 
 def _traced_once(
-    gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
+    gm: fx.GraphModule,
+    fakes: Sequence[Any],
+    spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]],
+    written: list[str],
 ) -> fx.GraphModule | None:
     """What `aot_export_module` returns for a graph that only computes, which it runs twice: first to learn that.
 
     None where the graph does more (it writes into inputs, or has effects), or where tensors are made of others.
+
+    Args:
+        written: gets what the user calls the inputs that are written into.
     """
     mode = detect_fake_mode(fakes)
     lifted = [*gm.parameters(), *gm.buffers()]
     if mode is None or mode.shape_env is None or lifted or any(map(is_traceable_wrapper_subclass, fakes)):
         return None
-    writes = False
+    names = [source_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
     def run(*args: Any) -> tuple[Any, ...]:
-        nonlocal writes
         # Functionalization in C++ would come before the one that is traced.
         with maybe_enable_thunkify(), torch._C._ExcludeDispatchKeyGuard(_FUNCTIONALIZE):
             given = [to_fun(arg) for arg in args]
             with preserve_node_meta(), maybe_disable_thunkify():
                 mode.epoch += 1  # each run has symbols of its own for what data decides
                 results = PropagateUnbackedSymInts(gm).run(*given)
-            pairs = [(new, old) for new, old in zip(given, args, strict=True) if isinstance(old, torch.Tensor)]
-            writes = any(
-                has_data_mutation(new) or has_metadata_mutation(new, old, check_only_storage_mutation=False)
-                for new, old in pairs
-            )
+            written[:] = [
+                name
+                for name, new, old in zip(names, given, args, strict=True)
+                if isinstance(old, torch.Tensor)
+                and (has_data_mutation(new) or has_metadata_mutation(new, old, check_only_storage_mutation=False))
+            ]
             return tuple(pytree.tree_map(from_fun, results))
 
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
         module = make_fx(run, decomposition_table=dict(spelled), pre_dispatch=True)(*_of_one_mode(fakes))
-    if writes or any(has_effects(node.target) for node in module.graph.nodes if node.op == "call_function"):
+    if written or any(has_effects(node.target) for node in module.graph.nodes if node.op == "call_function"):
         return None
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def source_of(place: fx.Node) -> str:
+    """What the user calls an input of Dynamo's graph."""
+    source = getattr(getattr(place.meta.get("grapharg"), "source", None), "name", place.name)
+    return str(source() if callable(source) else source)
 
 
 # -- where to cut ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from kvpass.transforms.normalise import normalise
 from kvpass.transforms.plan import plan
 from kvpass.transforms.recognise import recognise
 from kvpass.transforms.rewrite import Incremental, rewrite
+from kvpass.transforms.zeros import without_zeros
 
 
 def incrementalise(captured: Captured, *, autotune: bool = False) -> Incremental:
@@ -26,6 +27,8 @@ def incrementalise(captured: Captured, *, autotune: bool = False) -> Incremental
     """
     normalise(captured)  # one spelling for what means the same
     analyzed = analyze(captured)  # facts: on which rows does each value depend?
+    if without_zeros(analyzed):  # terms that a mask of zeros takes away
+        analyzed = analyze(captured)
     cut = plan(analyzed)  # demand, proof, and what to store
     attentions, _ = recognise(analyzed)  # softmax attention, whatever it is spelled like
     latents = expose(analyzed, attentions)  # keys and values that are made from one narrow row

@@ -62,6 +62,7 @@ CASES: tuple[Case, ...] = (
         rows.InstanceNorm,
         rows.LayerNormOverText,
         rows.SymmetricConvolution,
+        rows.ConvolutionMaskedOneTapShort,
         rows.HistogramOfTokens,
         rows.Roll,
         rows.Flip,

@@ -178,6 +178,19 @@ class SymmetricConvolution(Model):
         return self.conv(x.transpose(1, 2)).transpose(1, 2)
 
 
+class ConvolutionMaskedOneTapShort(Model):
+    """A mask takes away all taps that look ahead but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(SIZE, SIZE, 5, padding=2)
+        self.register_buffer("taps", (torch.arange(5) < 4).float())
+
+    def mix(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight * self.taps
+        return nn.functional.conv1d(x.transpose(1, 2), weight, self.conv.bias, padding=2).transpose(1, 2)
+
+
 class LastRowForAll(Model):
     """Every row gets the last one."""
 

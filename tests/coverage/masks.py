@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import conv1d, pad, scaled_dot_product_attention
 
 from tests.coverage.base import DEPTH, SIZE, Decoder, grid
 from tests.coverage.positions import CountedPositions, left_padding
@@ -449,6 +449,23 @@ class PushedConvolution(Decoder):
         return (x + d(pad(pad(x, (3, 1))[..., :-2], (0, 0)))).mT
 
 
+class MaskedTaps(Decoder):
+    """Convolutions over both sides, of which a mask of ones and zeros takes away what looks ahead."""
+
+    kernels = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(SIZE, SIZE, 5, padding=2)
+        self.each = nn.Parameter(torch.randn(SIZE, 1, 7) / 4)
+        self.register_buffer("behind", torch.arange(5).expand(SIZE, SIZE, 5) < 2)
+        self.register_buffer("taps", (torch.arange(7) < 4).float()[None, None])
+
+    def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
+        past = conv1d(x.mT, self.conv.weight * self.behind, self.conv.bias, padding=2)
+        return (past + conv1d(pad(x.mT, (3, 3)), self.each * self.taps, groups=SIZE)).mT
+
+
 class FirstIsAlwaysSeen(Decoder):
     """Keys that the tokens choose, and the first one, beside a finite fill: no row is without a key."""
 
@@ -469,6 +486,7 @@ MASKS = (
     FirstIsAlwaysSeen,
     BlockBefore,
     PushedConvolution,
+    MaskedTaps,
     Dilated,
     SinksAndWindow,
     MixedLayers,
