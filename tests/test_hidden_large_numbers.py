@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import glu, pad, scaled_dot_product_attention, softplus
+from torch.nn.functional import batch_norm, glu, pad, scaled_dot_product_attention, softplus
 
 import kvpass
 from tests.coverage.base import DEPTH, SIZE, VOCAB, Decoder, build, grid
@@ -279,6 +279,7 @@ class Times(Decoder):
     def __init__(self) -> None:
         super().__init__()
         self.slopes, self.one = nn.Parameter(torch.tensor([1.5, 0.7])), nn.Linear(1, 2)
+        self.register_buffer("still", torch.zeros(1))
 
     def mix(self, x: Tensor, layer: int, *more: Any) -> Tensor:
         q, k, v = self.project(x, layer)
@@ -287,7 +288,7 @@ class Times(Decoder):
         masked, low = score.masked_fill(later, -1e9), torch.where(later, -1e9, 0.0)
         gap, slopes = (t[:, None] - t[:, :, None])[:, None].float(), self.slopes[:, None, None]
         t = t.float()
-        place = torch.stack((t, t * 0.5, t - 1), -1)[:, None]
+        place, times = torch.stack((t, t * 0.5, t - 1), -1)[:, None], t[:, None, :, None].expand_as(q)
         score = {
             "slopes": lambda: masked + gap * slopes,
             "einsum": lambda: masked + torch.einsum("bij,h->bhij", gap[:, 0], self.slopes),
@@ -305,6 +306,8 @@ class Times(Decoder):
             "bounds": lambda: masked + t.clamp(0, 1e12)[:, None, None] * slopes,
             "means": lambda: masked + (masked[:, 0].softmax(-1) @ t[..., None]).mT[:, None] * slopes,
             "glu": lambda: masked + glu(torch.stack((t, t), -1)).mT[:, None] * slopes,
+            "attended": lambda: masked + scaled_dot_product_attention(q, k, times, is_causal=True)[..., :1].mT,
+            "statistics": lambda: masked + batch_norm(t[:, None], self.still, self.still + 1)[:, None] * slopes,
         }[self.how]()
         if self.how == "sdpa":
             return self.merge(scaled_dot_product_attention(q, k, v, attn_mask=score), layer)
@@ -329,6 +332,8 @@ class Times(Decoder):
         "bounds",
         "means",
         "glu",
+        "attended",
+        "statistics",
     ],
 )
 @torch.no_grad()

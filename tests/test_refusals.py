@@ -258,6 +258,18 @@ def test_the_first_cause_is_said() -> None:
     assert "topk" in str(backend.records()[-1].refusal)
 
 
+def test_the_first_cause_is_said_of_rows_in_a_shape_without_a_rule() -> None:
+    """A Fourier transform of twice as many rows: that its result is cut in two is not what is wrong."""
+
+    def convolved(model: Model, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        wave = torch.fft.rfft(x, n=2 * n, dim=1)
+        return torch.fft.irfft(wave * wave, n=2 * n, dim=1)[:, :n]
+
+    assert code_of(Model(convolved), ids()) == "KV202"
+    assert "fft_rfft" in str(backend.records()[-1].refusal)
+
+
 def test_a_guard_without_a_value_holds_for_no_length() -> None:
     """Chunks of ``s // 64`` rows: below 64 torch itself would divide by zero."""
     rows = sympy.Symbol("s", integer=True, positive=True)

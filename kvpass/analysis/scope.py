@@ -190,6 +190,15 @@ class Scope:
         labels = operand.labels
         return {labels[k] for k in operand.fact.deps}
 
+    def raw(self, operand: Operand) -> frozenset[str]:
+        """The arguments of the call whose numbers an operand is made of."""
+        return operand.fact.raw | self.named(operand.fact.expr)
+
+    def named(self, value: object) -> frozenset[str]:
+        """The numbers of the caller that a value speaks of."""
+        symbols = value.free_symbols if isinstance(value, sympy.Basic) else ()
+        return frozenset(s.name for s in symbols if s.name in self.axes.bounds)
+
     def gather(self, operands: Iterable[Operand]) -> Parts:
         """The union of what operands depend on; expressions and supports are the rule's business."""
         parts = Parts()
@@ -205,6 +214,7 @@ class Scope:
             parts.sequence = parts.sequence or fact.sequence
             parts.together = parts.together or fact.together
             parts.rounded = parts.rounded or fact.rounded
+            parts.raw |= self.raw(op)
             parts.large = parts.large or fact.large
             parts.lowered = parts.lowered or fact.fill is Fill.NEG
             parts.undone = parts.undone or fact.undone

@@ -407,11 +407,18 @@ def _ruled(node: fx.Node, op: Callable[[], Op], operands: tuple[fx.Node, ...]) -
         result = rule(seen)
         outs = result if isinstance(result, list) else [result]
         return _closed(seen, outs, () if outs[0].detached else operands)
-    except errors.Refusal:
+    except errors.Refusal as refusal:
         seen = op()  # without what the rule had begun
         if not of_context_alone(seen):
-            raise
+            raise _came_first(seen, refusal) from None
         return _closed(seen, opaque(seen), operands)
+
+
+def _came_first(op: Op, refusal: errors.Refusal) -> errors.Refusal:
+    """Rows in a shape that no rule takes, but which all depend on all rows already: that says more."""
+    causes = (x.fact.whole for x in op.operands if x.fact.rows)
+    first = next(filter(None, causes), None) if isinstance(refusal, errors.UnsupportedShape) else None
+    return refusal if first is None else first.error(node=first.node, detail=first.why)
 
 
 def opened(arg: Any, scope: Scope) -> Any:

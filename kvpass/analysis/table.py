@@ -80,6 +80,7 @@ class Op:
     def gather(self, numbers: bool = True) -> Parts:
         """What the operands depend on; ``numbers=False`` where symbolic arguments are only sizes."""
         parts = self.scope.gather(self.operands)
+        parts.raw = self.raw(*self.operands, numbers=numbers)
         for number in self.scalars() if numbers else ():
             if isinstance(number, sympy.Basic) and number.has(self.scope.axes.seq):
                 parts.length = parts.length or self.cause(
@@ -97,10 +98,8 @@ class Op:
 
     def raw(self, *operands: Operand, numbers: bool = True) -> frozenset[str]:
         """The arguments of the call whose numbers these operands are made of, and the op's own ``numbers``."""
-        bounds, given = self.scope.axes.bounds, self.scalars() if numbers else ()
-        values = [n for n in (*given, *(x.fact.expr for x in operands)) if isinstance(n, sympy.Basic)]
-        passed = {s.name for n in values for s in n.free_symbols if s.name in bounds}
-        return frozenset(passed).union(*(x.fact.raw for x in operands))
+        given = map(self.scope.named, self.scalars() if numbers else ())
+        return frozenset().union(*given, *map(self.scope.raw, operands))
 
     def reaches(self, operand: Operand, low: float) -> bool:
         """True of an operand whose ordinary entries may be as large as what is very negative, at most ``low``: known to

@@ -7,13 +7,14 @@ is refused by it. ``unfold(pad(x, (c - 1, 0)), c, 1)`` is the rows themselves, b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvpass.analysis.sweep import arguments, sym
-from kvpass.transforms.spell import PADS, call, filled, named
+from kvpass.transforms.spell import PADS, call, filled, named, sizes
 
 aten = torch.ops.aten
 _MOST_TAPS = 32
@@ -42,21 +43,33 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
     ends = _kept(node, length)
     if value.dim() != 3 or length.is_number or not ends or stride != 1 or transposed or shape[2] > _MOST_TAPS:
         return
-    if not depthwise and groups != 1:
-        return
     with graph.inserting_before(node):
-        total = None
-        for tap in range(shape[2]):
-            row = _back(graph, node, x, left + padding - tap * dilation, 1)
-            factor = call(graph, node, aten.select.int, weight, 2, tap)
-            part = call(
-                graph, node, *((aten.mul.Tensor, row, factor) if depthwise else (aten.matmul.default, factor, row))
-            )
-            total = part if total is None else call(graph, node, aten.add.Tensor, total, part)
+        parts = [
+            _tap(graph, node, _back(graph, node, x, left + padding - tap * dilation, 1), weight, tap, groups, depthwise)
+            for tap in range(shape[2])
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = call(graph, node, aten.add.Tensor, total, part)
         if bias is not None:
             total = call(graph, node, aten.add.Tensor, total, call(graph, node, aten.unsqueeze.default, bias, 1))
     for end in ends:
-        end.replace_all_uses_with(total)  # type: ignore[arg-type]
+        end.replace_all_uses_with(total)
+
+
+def _tap(graph: fx.Graph, like: fx.Node, row: fx.Node, weight: fx.Node, tap: int, groups: int, each: bool) -> fx.Node:
+    """Rows ``[B, C, S]`` times one tap of the weight, ``[O, C / groups]``."""
+    factor = call(graph, like, aten.select.int, weight, 2, tap)
+    if each:  # depthwise
+        return call(graph, like, aten.mul.Tensor, row, factor)
+    if groups == 1:
+        return call(graph, like, aten.matmul.default, factor, row)
+    texts, channels, rows = sizes(partial(call, graph, like), row)
+    outs, each_in = factor.meta["val"].shape
+    apart = call(graph, like, aten.reshape.default, row, [texts, groups, channels // groups, rows])
+    factor = call(graph, like, aten.reshape.default, factor, [groups, outs // groups, each_in])
+    product = call(graph, like, aten.matmul.default, factor, apart)
+    return call(graph, like, aten.reshape.default, product, [texts, outs, rows])
 
 
 def _mix(graph: fx.Graph, node: fx.Node) -> None:

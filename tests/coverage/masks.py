@@ -449,6 +449,18 @@ class PushedConvolution(Decoder):
         return (x + d(pad(pad(x, (3, 1))[..., :-2], (0, 0)))).mT
 
 
+class GroupedConvolution(Decoder):
+    """A short convolution of groups of channels, and one that makes two channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.doubled = nn.Conv1d(SIZE, SIZE, 3, groups=4), nn.Conv1d(SIZE, 2 * SIZE, 2, groups=SIZE)
+
+    def enter(self, ids: Tensor, *more: Any) -> Tensor:
+        x = self.groups(pad(self.embed(ids).mT, (2, 0)))
+        return self.doubled(pad(x, (1, 0))).mT.unflatten(-1, (SIZE, 2)).sum(-1)
+
+
 class MaskedTaps(Decoder):
     """Convolutions over both sides, of which a mask of ones and zeros takes away what looks ahead."""
 
@@ -487,6 +499,7 @@ MASKS = (
     BlockBefore,
     PushedConvolution,
     MaskedTaps,
+    GroupedConvolution,
     Dilated,
     SinksAndWindow,
     MixedLayers,

@@ -44,6 +44,7 @@ def scaled_dot_product_attention(op: Op) -> Out:
     parts.support, parts.fill = support, fill
     reduce_over(op, parts, gone, kept, (Fill.NEG_INF, Fill.NEG))
     parts.support, parts.fill, parts.large, parts.lowered = sympy.true, None, v.fact.large, v.fact.fill is Fill.NEG
+    parts.raw = op.raw(v)
     return Out([*lead, rows, list(v.dims[-1])], parts, ghosts)
 
 

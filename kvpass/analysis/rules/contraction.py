@@ -31,8 +31,7 @@ def contract(op: Op, operands: Sequence[Operand], specs: Sequence[Sequence[str]]
     parts.large = parts.large or op.names_large()
     gone = [label for name, labels in axes.items() if name not in out for label in scope.expanded(labels)]
     kept = [label for name in out for label in scope.expanded(axes[name])] + ghosts
-    if all(_few(scope.atoms[label]) for label in gone):
-        parts.raw = op.raw(*operands)
+    parts.raw = op.raw(*operands) if all(_few(scope.atoms[label]) for label in gone) else frozenset()
     units = [label for label in gone if scope.atoms[label].size == 1 and scope.atoms[label].kind is Kind.SEQ]
     gone = [label for label in gone if scope.atoms[label].size != 1]
     _read_whole(operands, scope, gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -107,7 +108,7 @@ def scatter(op: Op) -> Out:
     x, ids = op.operands[:2]
     axis, scope = op.args[1] % max(len(x.dims), 1), op.scope
     parts = op.gather()
-    parts.raw, parts.large = op.raw(*op.operands), parts.large or op.names_large()
+    parts.large = parts.large or op.names_large()
     for operand in op.operands:
         for label in operand.dims[axis]:
             _lose(op, parts, label, operand)
@@ -209,4 +210,4 @@ def _read_rows(op: Op, parts: Parts, label: Label, value: Value, ids: Operand, x
 @rule(aten.one_hot.default)
 def one_hot(op: Op) -> Any:
     x = op.operands[0]
-    return Out([*x.dims, op.scope.fresh(op.shape[-1])], op.gather(), x.ghosts)
+    return Out([*x.dims, op.scope.fresh(op.shape[-1])], replace(op.gather(), raw=frozenset()), x.ghosts)

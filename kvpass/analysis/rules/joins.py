@@ -37,7 +37,6 @@ def stack(op: Op) -> Out:
 
 def join_along(op: Op, pieces: list[Operand], axis: int, sizes: list[Expr]) -> Out:
     scope, parts = op.scope, op.gather()
-    parts.raw = op.raw(*pieces)
     ghosts = scope.merge_ghosts([label for x in pieces for label in x.ghosts])
     dims: Dims = []
     for k in range(len(pieces[0].dims)):

@@ -23,7 +23,7 @@ def _same(op: Op, dims: Dims, ghosts: list[Label] | None = None) -> Out:
     """The operand's entries, under other axes."""
     x, parts = op.operands[0], op.gather(numbers=False)
     parts.expr = expression(x, op.scope)
-    parts.shift, parts.raw = shifts.opened(op.scope, x), op.raw(x)
+    parts.shift = shifts.opened(op.scope, x)
     known = op.known(x)
     if known is not None:
         parts.support, parts.fill = known
@@ -150,10 +150,7 @@ def expand(op: Op) -> Out:
 @rule(aten.broadcast_tensors.default)
 def broadcast_tensors(op: Op) -> list[Out]:
     dims, ghosts = op.scope.broadcast(op.operands)
-    outs = [Out([list(dim) for dim in dims], op.scope.gather([x]), list(ghosts)) for x in op.operands]
-    for x, out in zip(op.operands, outs, strict=True):
-        out.parts.raw = op.raw(x)
-    return outs
+    return [Out([list(dim) for dim in dims], op.scope.gather([x]), list(ghosts)) for x in op.operands]
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -326,7 +323,6 @@ def diff(op: Op) -> Out:
         raise errors.UnknownOp(detail="aten.diff without a prepended entry")
     (label,) = x.dims[axis]
     parts = op.gather()
-    parts.raw = op.raw(x, prepend)
     for operand in op.operands:
         operand.everything |= set(operand.dims[axis])
     least = -scope.axes.lead
@@ -413,6 +409,7 @@ def pad(op: Op) -> Out:
             )
     dims: Dims = [list(dim) for dim in x.dims]
     out = _same(op, list(dims))
+    out.parts.raw = op.raw(x)
     for k in range(len(amounts) // 2):
         axis, before = len(dims) - 1 - k, amounts[2 * k]
         if before == 0 and amounts[2 * k + 1] == 0:

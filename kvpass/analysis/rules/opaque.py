@@ -33,7 +33,6 @@ def of_context_alone(op: Op) -> bool:
 def opaque(op: Op) -> list[Out]:
     """The results of an op that `of_context_alone` lets pass, read whole."""
     scope, parts = op.scope, op.scope.gather(op.operands)
-    parts.raw = op.raw(*op.operands)
     batch = scope.axes.batch
     several = any(scope.atoms[label].kind is Kind.BATCH for x in op.operands for label in x.labels)
     if several or (batch.free_symbols and any(isinstance(n, sympy.Basic) and n.has(batch) for n in op.scalars())):

@@ -140,7 +140,7 @@ def _held(op: Op, number: Any) -> Any:
 
 def _finish(op: Op, parts: Parts, expr: Value | None) -> Out:
     dims, ghosts = op.scope.broadcast(op.operands)
-    parts.expr, parts.raw = expr, op.raw(*op.operands)
+    parts.expr = expr
     if parts.low is None:
         parts.low = _lowest(op)
     if _name(op) in _FACTORS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -52,7 +53,6 @@ def _reduce(op: Op, dims: Any, keepdim: bool, ignores: tuple[Fill, ...], outputs
         known = op.known(x)
         if known is not None:
             parts.support, parts.fill = known
-        parts.raw = op.raw(x)
         if known is not None and known[1] is Fill.NEG and op.reaches(x, x.fact.low):
             op.undo(parts, x)
             known, parts.support, parts.fill = None, sympy.true, None
@@ -201,6 +201,7 @@ def softmax(op: Op) -> Out:
     if vanishes and parts.whole is None:
         parts.support, parts.fill = support, Fill.NEG_INF if log else Fill.ZERO
     parts.large, parts.lowered = log and parts.large, log and parts.lowered
+    parts.raw = parts.raw if log else frozenset()
     return Out(x.dims, parts, x.ghosts)
 
 
@@ -242,7 +243,7 @@ def _normalised(op: Op) -> tuple[Out, Out]:
     parts.large = parts.lowered = False
     _mix(op, parts, labels, rest, None)
     outer: Dims = [*x.dims[: len(x.dims) - count], *([] for _ in range(count))]
-    return Out(x.dims, parts, x.ghosts), Out(outer, parts, x.ghosts)
+    return Out(x.dims, replace(parts, raw=frozenset()), x.ghosts), Out(outer, parts, x.ghosts)
 
 
 @rule(aten.group_norm.default)
@@ -250,6 +251,7 @@ def group_norm(op: Op) -> Out:
     """Each sequence of axis 0 is normalised over groups of axis 1, and over all axes behind it."""
     x = op.operands[0]
     parts = op.gather()
+    parts.raw = frozenset()
     _mix(op, parts, [label for dim in x.dims[1:] for label in dim], list(x.dims[0]), None)
     return Out(x.dims, parts, x.ghosts)
 
@@ -259,6 +261,7 @@ def instance_norm(op: Op) -> Out:
     """Each channel of each sequence is normalised over all axes behind it."""
     x = op.operands[0]
     parts = op.gather()
+    parts.raw = frozenset()
     _mix(op, parts, [label for dim in x.dims[2:] for label in dim], [*x.dims[0], *x.dims[1]], None)
     op.scope.differ(x.dims[1])  # by their weights
     return Out(x.dims, parts, x.ghosts)
@@ -292,7 +295,6 @@ def _along(op: Op, where: Any, outputs: int = 1) -> Any:
     outs = []
     for k in range(outputs):
         parts = op.gather()
-        parts.raw = op.raw(x)
         _mix(op, parts, labels, rest, None)
         dims = list(x.dims)
         for axis in axes:
@@ -387,7 +389,6 @@ def _running(op: Op, axis: int) -> Out:
     if row_labels(scope, x.dims[axis][1:]):  # under an outer axis it reads all rows of the entries before
         return _along(op, axis)  # type: ignore[no-any-return]
     parts = op.gather()
-    parts.raw = op.raw(x)
     rows = set(row_labels(scope, list(x.dims[axis])))
     reads_rows(op, parts, rows)
     x.everything |= rows

@@ -24,6 +24,7 @@ def _by_item(op: Op, outer: int) -> Out:
     for weight in op.operands[1:]:
         weight.everything |= set(weight.labels)
     parts = op.gather()
+    parts.raw = frozenset()
     mixed(op, parts, labels, rest)
     return Out([*x.dims[:outer], *(scope.fresh(size) for size in op.shape[outer:])], parts, x.ghosts)
 
@@ -35,6 +36,5 @@ def glu(op: Op) -> Out:
     axis = op.arg(1, "dim", -1) % len(x.dims)
     rest = [label for label in x.labels if label not in x.dims[axis]]
     parts = op.gather()
-    parts.raw = op.raw(x)
     mixed(op, parts, x.dims[axis], rest)
     return Out([*x.dims[:axis], scope.fresh(op.shape[axis]), *x.dims[axis + 1 :]], parts, x.ghosts)
