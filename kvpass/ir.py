@@ -62,6 +62,8 @@ class Captured:
         lead: how many entries a prefix of the context has where it stands before the rows, on one axis with them.
         scalars: by placeholder index, the Python numbers that Dynamo passes as 0-d tensors, as the graph has them.
         guards: what must hold of the length where the graph is one of several: blocks of 512 rows in a Python loop.
+        aligned: from the arguments of a call to the last of the inputs, rows that the context brings; None where all
+            inputs are arguments.
     """
 
     module: fx.GraphModule
@@ -72,6 +74,7 @@ class Captured:
     scalars: Mapping[int, Any] = field(default_factory=dict)
     lead: sympy.Expr = sympy.S.Zero
     guards: tuple[sympy.Basic, ...] = ()
+    aligned: fx.GraphModule | None = None
 
     def takes(self, length: int) -> bool:
         """Whether the graph is valid for texts of so many rows."""
@@ -81,6 +84,12 @@ class Captured:
     def rows_first(self) -> bool:
         """Whether texts stand in columns, ``[S, B]``."""
         return any(i.batch_axis is not None and i.seq_axes[0] < i.batch_axis for i in self.of(Role.SEQUENCE))
+
+    @property
+    def arguments(self) -> int:
+        """How many of the inputs are arguments of a call."""
+        made = () if self.aligned is None else self.aligned.graph.output_node().args[0]
+        return len(self.inputs) - len(made)  # type: ignore[arg-type]
 
     def of(self, *roles: Role) -> list[Input]:
         return [i for i in self.inputs if i.role in roles]

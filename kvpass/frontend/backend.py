@@ -132,7 +132,8 @@ def kvpass(
             captured, incremental, written = _proven(model, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
-            unchecked = chosen.verify and not _checked(captured, incremental, plain, inputs)
+            check = partial(_checked, captured, incremental, plain, _as_function(written))
+            unchecked = chosen.verify and not check(inputs)
             cache = chosen.cache if chosen.cache is not None else default_cache()
             rebuild = partial(_rebuild, written, autotune=chosen.autotune)
             program = Program(captured, incremental, plain, cache, rebuild, chosen.tiers, chosen.verify)
@@ -141,7 +142,7 @@ def kvpass(
         log.warning("kvpass runs a graph unrewritten. %s", refusal)
         return _as_function(gm)
     if unchecked:
-        program.check_first(lambda args: _checked(captured, incremental, plain, args))
+        program.check_first(check)
     _record(Record(captured, program, None))
     called = around.without(program)
     return called if unwrap.idle else lambda *args: called(*unwrap(args))
@@ -174,7 +175,13 @@ def _answers_by_row(analyzed: Analyzed) -> bool:
     return any(f.whole is None and any(atom.kind is Kind.SEQ for atom in f.atoms) for f in facts)
 
 
-def _checked(captured: Captured, incremental: Incremental, plain: Callable[..., Any], args: Sequence[Any]) -> bool:
+def _checked(
+    captured: Captured,
+    incremental: Incremental,
+    plain: Callable[..., Any],
+    written: Callable[..., Any],
+    args: Sequence[Any],
+) -> bool:
     """False where the model itself raises on these arguments: the check waits for better ones.
 
     Raises:
@@ -182,7 +189,7 @@ def _checked(captured: Captured, incremental: Incremental, plain: Callable[..., 
     """
     with _defects_named():
         try:
-            verify(captured, incremental, plain, args)
+            verify(captured, incremental, plain, written, args)
         except PlainFailed:
             return False
     return True

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form, entries_of
 from kvpass.analysis.sweep import arguments, dim_of, sym
+from kvpass.frontend.aligned import with_rows_of_context
 from kvpass.frontend.export import exported, source_of, value_of
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
@@ -291,7 +292,8 @@ def _described(
     turned(module.graph, seq)
     env = _environment(fakes)
     guards = tuple(guard.expr for guard in env.guards if guard.expr.free_symbols == {seq}) if env is not None else ()
-    return Captured(module, tuple(inputs), seq, batch, constants, guards=guards)
+    captured = Captured(module, tuple(inputs), seq, batch, constants, guards=guards)
+    return captured if env is None else with_rows_of_context(captured, [guard.expr for guard in env.guards])
 
 
 def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:

@@ -37,12 +37,19 @@ class PlainFailed(Exception):
 
 
 def verify(
-    captured: Captured, incremental: Incremental, plain: Callable[..., Any], real: Sequence[Any], seed: int = 0
+    captured: Captured,
+    incremental: Incremental,
+    plain: Callable[..., Any],
+    written: Callable[..., Any],
+    real: Sequence[Any],
+    seed: int = 0,
 ) -> None:
     """Compare the two graphs on random chunks.
 
     Args:
         plain: the model as Dynamo captured it.
+        written: the captured graph. It is what is compared with where the context brings rows, since no shorter text
+            goes with that context.
         real: the arguments of the call that is compiled.
 
     Raises:
@@ -50,6 +57,9 @@ def verify(
         PlainFailed: the model itself raises on rows of this call.
     """
     rng = random.Random(seed)
+    if captured.aligned is not None:
+        real = _with_rows_of_context(captured, plain, written, real)
+        plain = written
     try:
         _compared(captured, incremental, plain, _Texts(captured, real, rng))
     except PlainFailed:  # a number of the caller's may speak of rows that a shorter text does not have
@@ -86,6 +96,52 @@ def _compared(captured: Captured, incremental: Incremental, plain: Callable[...,
                 raise errors.VerifyMismatch(detail=detail).at(node.name, source_of(node))
 
 
+def _with_rows_of_context(
+    captured: Captured, plain: Callable[..., Any], written: Callable[..., Any], real: Sequence[Any]
+) -> list[Any]:
+    """The arguments of a call and what the context brings for each row, compared on the call as it is.
+
+    Raises:
+        VerifyMismatch: the captured graph, of these rows, answers otherwise than the model.
+        PlainFailed: the model itself raises.
+    """
+    assert captured.aligned is not None
+    values = dict(_sizes(captured, real))
+    nodes = captured.module.graph.find_nodes(op="placeholder")
+    args = [
+        _number(node, value, values) if given.role is Role.SYMBOL else value
+        for given, node, value in zip(captured.inputs, nodes, real, strict=False)
+    ]
+    with torch.no_grad():
+        rows = [*args, *captured.aligned(*args)]
+        try:
+            expected = plain(*args)
+        except Exception as error:
+            raise PlainFailed() from error
+        found = written(*rows)
+    allowed = limits(captured.module.graph)
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        problem = difference(a, b, allowed[k], None)
+        if problem:
+            raise errors.VerifyMismatch(detail=f"output {k}, of what the context brings row by row: {problem}")
+    return rows
+
+
+def _sizes(captured: Captured, real: Sequence[Any]) -> Iterator[tuple[sympy.Basic, int]]:
+    """What the sizes were in the call, read off its tensors: reading a SymInt would specialise the graph."""
+    nodes = captured.module.graph.find_nodes(op="placeholder")
+    for node, value in zip(nodes, real, strict=False):
+        if isinstance(value, torch.Tensor):
+            for size, number in zip(node.meta["val"].shape, value.shape, strict=True):
+                yield sym(size), int(number)
+
+
+def _number(node: fx.Node, value: Any, values: dict[sympy.Basic, int]) -> Any:
+    known = sympy.sympify(sym(node.meta["val"]).xreplace(values))
+    # A number of the caller's has no tensor to be read off.
+    return int(known) if known.is_number else getattr(getattr(value, "node", None), "hint", value)
+
+
 class _Texts:
     """Prefixes of a text whose rows are drawn from the rows of the call.
 
@@ -103,15 +159,7 @@ class _Texts:
         self.rows = next((rows for rows in range(most, self.least - 1, -1) if captured.takes(rows)), held)
         self.pick = [k if k < held else rng.randrange(held) for k in range(self.rows)]
         self.batch = Keys(captured).batch(real)
-        self.values = dict(self._symbols())
-
-    def _symbols(self) -> Iterator[tuple[sympy.Basic, int]]:
-        """What the sizes were in the call, read off its tensors: reading a SymInt would specialise the graph."""
-        nodes = [n for n in self.captured.module.graph.nodes if n.op == "placeholder"]
-        for node, value in zip(nodes, self.real, strict=True):
-            if isinstance(value, torch.Tensor):
-                for size, number in zip(node.meta["val"].shape, value.shape, strict=True):
-                    yield sym(size), int(number)
+        self.values = dict(_sizes(captured, real))
 
     def chunks(self, tail: int) -> list[int]:
         """Ascending prefix lengths: one long first chunk, single rows, and several at once.
@@ -131,12 +179,8 @@ class _Texts:
         args: list[Any] = []
         for given, node, value in zip(self.captured.inputs, nodes, self.real, strict=True):
             if given.role is Role.SYMBOL:
-                expr = sym(node.meta["val"])
-                known = sympy.sympify(
-                    expr.xreplace(self.values)
-                )  # a number of the caller's has no tensor to be read off
-                number = int(known) if known.is_number else getattr(getattr(value, "node", None), "hint", value)
-                args.append(end if expr == self.captured.seq else number)
+                length = sym(node.meta["val"]) == self.captured.seq
+                args.append(end if length else _number(node, value, self.values))
             elif given.role in (Role.SEQUENCE, Role.FORM):
                 for axis in given.seq_axes:
                     value = value.detach().index_select(axis, rows.to(value.device))

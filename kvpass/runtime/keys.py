@@ -40,6 +40,7 @@ class Keys:
         self.signature = repr((head, [i.name in read for i in self.contexts])).encode()
         self.numbers = _free_numbers(captured, captured.module.graph.nodes)
         self._of_rows = _free_numbers(captured, behind)
+        self._beside = [i.index for i in captured.of(Role.CONTEXT, Role.SYMBOL)]
         first = self.sequences[0]
         self._first, self._axis = first.index, first.seq_axes[0]
         self._lead = captured.lead
@@ -124,6 +125,14 @@ class Keys:
             digest.update(f"{symbol}={args[k]};".encode())
         for given in self._hoisted:
             digest.update(tensor_bytes(args[given.index]))
+        return digest.digest()
+
+
+    def beside(self, args: Sequence[Any]) -> bytes:
+        """Digest of all but the text: of what is made of the context for each row."""
+        digest = hashlib.sha256(b"beside")
+        for k in self._beside:
+            digest.update(tensor_bytes(args[k]))
         return digest.digest()
 
 

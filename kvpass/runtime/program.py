@@ -123,7 +123,7 @@ class Program(Locked):
         self._tiers, self._compare = tiers, compare
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
-        self._forms = captured.of(Role.FORM)
+        self._forms, self._given = captured.of(Role.FORM), captured.arguments
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
         self._check: Callable[[Sequence[Any]], bool] | None = None
@@ -158,11 +158,12 @@ class Program(Locked):
         """Serve nothing from the cache before ``check`` has returned True for the arguments of a call."""
         self._check = check
 
-    def __call__(self, *args: Any) -> Outputs:
-        if not self._numbers_hold(args) or not self._forms_hold(args):
-            return self._plainly(args)
-        if self._check is not None and not (self._entries_hold(self._bound, args) and self._passes(args)):
-            return self._plainly(args)
+    def __call__(self, *given: Any) -> Outputs:
+        if not self._numbers_hold(given) or not self._forms_hold(given):
+            return self._plainly(given)
+        args = self._with_rows_of_context(given)
+        if self._check is not None and not (self._entries_hold(self._bound, given) and self._passes(given)):
+            return self._plainly(given)
         bound = self._current(args)
         if bound is None or not self._entries_hold(bound, args):
             return self._plainly(args)
@@ -179,8 +180,17 @@ class Program(Locked):
         with lease:
             return bound.run(args, lease, context, rows)
 
+    def _with_rows_of_context(self, given: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of a call, and what the context brings for each row."""
+        made = self.captured.aligned
+        bound = None if made is None else self._current(given)
+        if made is None or bound is None:
+            return given
+        name = bound.keys.beside(given)
+        return [*given, *bound.remembered.get(name, lambda: _without_gradients(made, given), given)]
+
     def _plainly(self, args: Sequence[Any]) -> Outputs:
-        return tuple(self.plain(*args))
+        return tuple(self.plain(*args[: self._given]))
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:

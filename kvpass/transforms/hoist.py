@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from kvpass.analysis.sweep import sym
-from kvpass.ir import Role
+from kvpass.ir import Captured, Role
 from kvpass.transforms.plan import HEAVY
 from kvpass.transforms.rewrite import Incremental
 
@@ -36,7 +36,7 @@ class Hoisted:
 def hoist(incremental: Incremental) -> Hoisted | None:
     """Cut off what depends on context and weights alone; None where no product is among it."""
     graph = incremental.module.graph
-    reads_context = _fixed(incremental)
+    reads_context = fixed(graph, incremental.plan.analyzed.captured)
     alone = [n for n, reads in reads_context.items() if reads and n.op == "call_function"]
     heavy = {n.name for n in incremental.plan.analyzed.steps if n.target in HEAVY}
     if not any(incremental.origin.get(node.name) in heavy for node in alone):
@@ -68,16 +68,19 @@ def hoist(incremental: Incremental) -> Hoisted | None:
     return Hoisted(tuple(n.name for n in needed), fx.GraphModule(root, context), fx.GraphModule(root, step))
 
 
-def _fixed(incremental: Incremental) -> dict[fx.Node, bool]:
-    """The values that read nothing but context, weights and sizes other than the text's: do they read the context?"""
-    captured = incremental.plan.analyzed.captured
+def fixed(graph: fx.Graph, captured: Captured) -> dict[fx.Node, bool]:
+    """The values that read nothing but context, weights and sizes other than the text's: do they read the context?
+
+    Args:
+        graph: the captured one, or one with the same inputs.
+    """
     lengths = {n.name for n in captured.module.graph.nodes if n.op == "placeholder" and _is_length(n, captured.seq)}
-    fixed = {i.name: i.role for i in captured.of(Role.CONTEXT, Role.CONSTANT, Role.SYMBOL) if i.name not in lengths}
+    roles = {i.name: i.role for i in captured.of(Role.CONTEXT, Role.CONSTANT, Role.SYMBOL) if i.name not in lengths}
     reads_context: dict[fx.Node, bool] = {}
-    for node in incremental.module.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
-            if node.name in fixed:
-                reads_context[node] = fixed[node.name] is Role.CONTEXT
+            if node.name in roles:
+                reads_context[node] = roles[node.name] is Role.CONTEXT
         elif node.op == "get_attr":
             reads_context[node] = False
         elif node.op == "call_function" and all(n in reads_context for n in node.all_input_nodes):
