@@ -162,3 +162,10 @@ def test_the_encoder_runs_once_for_each_sound_and_anew_for_other_weights() -> No
     frames[1, 3] += 1
     check_same(fast, model, [ids, frames])
     assert program.remembered.computed == 2
+
+
+def test_the_report_says_what_is_known_by_what() -> None:
+    with torch.no_grad():
+        text = str(kvpass.explain(build(Frames), *next(calls())))
+    assert "context: what it brings for each row is part of that row's key" in text
+    assert "what the context brings for each row" in text

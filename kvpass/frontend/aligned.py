@@ -42,10 +42,9 @@ def with_rows_of_context(captured: Captured, guards: Iterable[Any]) -> Captured:
         return captured
     made = _made(captured.module, of_context, list(axes))
     module, names = _given(captured.module, axes, lengths, length)
-    source = ", ".join(i.source for i in captured.of(Role.CONTEXT)) + ", row by row"
     first = len(captured.inputs)
     rows = [
-        Input(name, first + k, Role.SEQUENCE, source, (axis,), 0 if _has_batch(captured, node) else None)
+        Input(name, first + k, Role.SEQUENCE, "", (axis,), 0 if _has_batch(captured, node) else None)
         for k, (name, (node, axis)) in enumerate(zip(names, axes.items(), strict=True))
     ]
     return replace(captured, module=module, inputs=(*captured.inputs, *rows), aligned=made)

@@ -112,8 +112,16 @@ def input_reports(captured: Captured, taken: Collection[str] = ()) -> tuple[Inpu
         value = nodes[given.name].meta["val"]
         shape = sizes.shape(sym(size) for size in value.shape)
         form = given.entries.value if given.name in taken and given.entries is not None else _form(given)
-        out.append(InputReport(names[given.name], given.role.value, shape, short(value.dtype), form))
+        role = _role(captured, given, nodes[given.name])
+        out.append(InputReport(names[given.name], role, shape, short(value.dtype), form))
     return tuple(out)
+
+
+def _role(captured: Captured, given: Input, node: fx.Node) -> str:
+    if given.index >= captured.arguments:
+        return "rows"
+    apart = captured.aligned is not None and given.role is Role.CONTEXT and not node.users
+    return "rowwise" if apart else given.role.value
 
 
 def _form(given: Input) -> str:

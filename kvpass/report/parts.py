@@ -49,8 +49,9 @@ class RefusalReport:
 class InputReport:
     """One argument of the graph that is no weight.
 
-    ``role``: ``sequence`` (its rows are the key), ``form`` (a mask over pairs of rows) or ``context`` (its bytes are
-    part of every row's key). ``form``: what it is held to at every call.
+    ``role``: ``sequence`` (its rows are the key), ``form`` (a mask over pairs of rows), ``context`` (its bytes are
+    part of every row's key), ``rowwise`` (a context of which only what it brings for each row is read) or ``rows``
+    (that). ``form``: what it is held to at every call.
     """
 
     name: str

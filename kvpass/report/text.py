@@ -104,6 +104,8 @@ _ROLES: dict[str, Callable[[str], str]] = {
     ),
     "form": lambda form: f"a mask over pairs of rows that equals {form}; compared with it at every call",
     "context": lambda _: "context: its contents are part of the key of every row",
+    "rowwise": lambda _: "context: what it brings for each row is part of that row's key",
+    "rows": lambda _: "what the context brings for each row",
 }
 
 

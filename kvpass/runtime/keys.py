@@ -127,7 +127,6 @@ class Keys:
             digest.update(tensor_bytes(args[given.index]))
         return digest.digest()
 
-
     def beside(self, args: Sequence[Any]) -> bytes:
         """Digest of all but the text: of what is made of the context for each row."""
         digest = hashlib.sha256(b"beside")
