@@ -31,8 +31,10 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     axes = [k for k, size in enumerate(tensor.shape) if size != 1]
     if tensor.numel() == 0 or tensor.numel() > _MAX_ENTRIES or tensor.is_complex() or not 1 <= len(axes) <= 4:
         return None
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # which PyTorch cannot compare
+        return None
     flat = tensor.detach().reshape([tensor.shape[k] for k in axes])
-    if not _first_row_fits(flat[(0,) * (len(axes) - 1)]) and len(axes) > 1:
+    if len(axes) > 1 and not _first_row_fits(flat[(0,) * (len(axes) - 1)]):
         return None
     flat = flat.cpu()
     form = _ramp(flat, index(0)) if len(axes) == 1 else None
