@@ -83,6 +83,14 @@ class Chosen(Frames):
         return (causal & (loud[:, None, :] | (index[None, :] == index[:, None])))[:, None]
 
 
+class Noisy(Frames):
+    """Noise is added to what is heard: in every call another one."""
+
+    def heard(self, frames: Tensor) -> Tensor:
+        x = super().heard(frames)
+        return x + torch.rand_like(x)
+
+
 class Later(Frames):
     """A fault: rows see what later ones of the context's are, and that is made of the text as well."""
 
@@ -135,6 +143,17 @@ def test_rows_that_more_frames_change_are_not_found(kind: type[Decoder]) -> None
     refusals, cache = run(kind)
     assert refusals[-1] is None, refusals
     assert cache.stats().rows_reused == 0
+
+
+def test_noise_is_not_remembered() -> None:
+    torch._dynamo.reset()
+    model = build(Noisy)
+    fast = kvpass.compile(model)
+    ids, frames = next(calls())
+    with recording() as records, torch.no_grad():
+        torch.testing.assert_close(*((torch.manual_seed(k), f(ids, frames))[1] for k in (1,) for f in (fast, model)))
+        torch.testing.assert_close(*((torch.manual_seed(k), f(ids, frames))[1] for k in (2,) for f in (fast, model)))
+    assert records[-1].refusal is not None
 
 
 def test_a_fault_is_refused() -> None:

@@ -21,26 +21,38 @@ from torch._dispatch.python import enable_python_dispatcher
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
 from kvpass.transforms.hoist import fixed
-from kvpass.transforms.spell import call
+from kvpass.transforms.normalise import is_identity
+from kvpass.transforms.spell import call, named
 
 
-def with_rows_of_context(captured: Captured, guards: Iterable[Any]) -> Captured:
-    """The graph with such values as its last inputs, and `Captured.aligned`, which makes them; else as it was.
+def as_long_as(seq: sympy.Symbol, guards: Iterable[Any]) -> set[sympy.Expr]:
+    """What is as long as the text in each call that the graph holds for.
 
     Args:
         guards: what tracing has found to hold of the sizes.
     """
-    lengths = set(_lengths(captured.seq, guards))
+    pairs = [set(guard.args) - {seq} for guard in guards if isinstance(guard, sympy.Eq) and seq in guard.args]
+    return {other for (other,) in pairs if other.free_symbols and not other.has(seq)}
+
+
+def with_rows_of_context(captured: Captured, lengths: set[sympy.Expr]) -> Captured | None:
+    """The graph with such values as its last inputs, and `Captured.aligned`, which makes them; None without any.
+
+    Args:
+        lengths: what is as long as the text.
+    """
     graph = captured.module.graph
     length = next((n for n in graph.find_nodes(op="placeholder") if _number(n) == captured.seq), None)
-    if not lengths or length is None:
-        return captured
+    if length is None:
+        return None
     of_context = fixed(graph, captured)
     needed = [n for n, reads in of_context.items() if reads and any(user not in of_context for user in n.users)]
     axes = {n: axis for n in needed if (axis := _axis(captured, n, lengths)) is not None}
     if not axes:
-        return captured
+        return None
     made = _made(captured.module, of_context, list(axes))
+    if any(map(_is_random, made.graph.nodes)):
+        return None
     module, names = _given(captured.module, axes, lengths, length)
     first = len(captured.inputs)
     rows = [
@@ -50,13 +62,11 @@ def with_rows_of_context(captured: Captured, guards: Iterable[Any]) -> Captured:
     return replace(captured, module=module, inputs=(*captured.inputs, *rows), aligned=made)
 
 
-def _lengths(seq: sympy.Symbol, guards: Iterable[Any]) -> Iterable[sympy.Expr]:
-    """What is as long as the text in each call that the graph holds for."""
-    for guard in guards:
-        if isinstance(guard, sympy.Eq) and seq in guard.args:
-            (other,) = set(guard.args) - {seq}
-            if other.free_symbols - {seq} and not other.has(seq):
-                yield other
+def _is_random(node: fx.Node) -> bool:
+    """True of an op that draws: what it made once is not what the model makes in another call."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) or is_identity(node):
+        return False
+    return node.target is not torch.ops.aten.scaled_dot_product_attention.default or named(node)["dropout_p"] != 0
 
 
 def _number(node: fx.Node) -> sympy.Expr | None:

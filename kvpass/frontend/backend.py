@@ -160,7 +160,8 @@ def _proven(
         try:
             incremental = incrementalise(captured, autotune=autotune)
         except errors.Refusal as refusal:
-            if refused is None or refused[0].rows_first:
+            apart = captured.aligned is not None and refused is not None and captured.seq == refused[0].seq
+            if refused is None or refused[0].rows_first or apart:
                 refused = captured, refusal.kept(), written
         else:
             if refused is None or _answers_by_row(incremental.plan.analyzed):

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from kvpass import errors
 from kvpass.analysis.buffers import closed_form, entries_of
 from kvpass.analysis.sweep import arguments, dim_of, sym
-from kvpass.frontend.aligned import with_rows_of_context
+from kvpass.frontend.aligned import as_long_as, with_rows_of_context
 from kvpass.frontend.export import exported, source_of, value_of
 from kvpass.frontend.higher_order import expanded
 from kvpass.frontend.vmap import unmapped
@@ -33,8 +33,8 @@ def capture(gm: fx.GraphModule, real: Sequence[Any]) -> Captured:
 
 def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
     """Trace Dynamo's graph to functional ATen ops and say what each input is, once for each axis that may grow, for
-    each number of entries that may stand before the rows on one axis with them, and for what a vector as long as the
-    batch may be: entries that all sequences share, or one of each.
+    each number of entries that may stand before the rows on one axis with them, for what a vector as long as the
+    batch may be (entries that all sequences share, or one of each), and for a context that may bring rows.
 
     A model of an encoder and a decoder has two such axes, and what stands before the rows may be a prefix, or the
     padding of a convolution. The proof says which of them it is.
@@ -72,6 +72,12 @@ def captures(gm: fx.GraphModule, real: Sequence[Any]) -> Iterator[Captured]:
         for lead in others:
             described = _described(copied(module), places, fakes, real, constant, reading)
             yield replace(described, scalars=scalars, lead=lead)
+        lengths = as_long_as(reading.seq, _guards(fakes))
+        if lengths:
+            described = _described(copied(module), places, fakes, real, constant, reading)
+            apart = with_rows_of_context(described, lengths)
+            if apart is not None:
+                yield replace(apart, scalars=scalars)
     if unread is not None and not read:
         raise unread
 
@@ -248,6 +254,12 @@ def _environment(fakes: Sequence[Any]) -> Any:
     return next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 
+def _guards(fakes: Sequence[Any]) -> list[Any]:
+    """What tracing has found to hold of the sizes."""
+    env = _environment(fakes)
+    return [] if env is None else [guard.expr for guard in env.guards]
+
+
 def _fixed_by(guard: Any) -> tuple[sympy.Symbol, int] | None:
     """The symbol and its value, where a guard such as ``sqrt(s) == 3.0`` holds for one size only."""
     if not isinstance(guard, sympy.Eq) or len(guard.free_symbols) != 1:
@@ -290,10 +302,8 @@ def _described(
                 constants[node.name] = value
         inputs.append(given)
     turned(module.graph, seq)
-    env = _environment(fakes)
-    guards = tuple(guard.expr for guard in env.guards if guard.expr.free_symbols == {seq}) if env is not None else ()
-    captured = Captured(module, tuple(inputs), seq, batch, constants, guards=guards)
-    return captured if env is None else with_rows_of_context(captured, [guard.expr for guard in env.guards])
+    guards = tuple(guard for guard in _guards(fakes) if guard.free_symbols == {seq})
+    return Captured(module, tuple(inputs), seq, batch, constants, guards=guards)
 
 
 def _leads(module: fx.GraphModule, seq: sympy.Symbol) -> list[sympy.Expr]:
