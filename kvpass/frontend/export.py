@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -325,7 +325,7 @@ class _Joined:
         before = (x for node in piece for x in node.all_input_nodes if x not in inside and x.op != "get_attr")
         given = list(dict.fromkeys([*sizes, *before]))
         read = [node for node in piece if any(user not in inside for user in node.users)]
-        values = [x.meta["val"] if isinstance(x := self.nodes[node], fx.Node) else x for node in given]
+        values = _told_apart(x.meta["val"] if isinstance(x := self.nodes[node], fx.Node) else x for node in given)
         place = {node: k for k, node in enumerate([*given, *piece])}
         named = lambda x: place.get(x, (x.target, id(getattr(self.gm, str(x.target), None))))  # noqa: E731
         key = (
@@ -347,6 +347,18 @@ class _Joined:
             name = f"piece{number}_{str(node.target).replace('.', '_')}"
             self.held[name] = attrgetter(str(node.target))(module)
             node.target = name
+
+
+def _told_apart(values: Iterable[Any]) -> list[Any]:
+    """The same values, each an object of its own: results of one piece that is put in twice have one between them, and
+    tracing takes two inputs that are one tensor for the same input.
+    """
+    seen, out = set[int](), list[Any]()
+    for value in values:
+        repeated = isinstance(value, torch.Tensor) and id(value) in seen
+        seen.add(id(value))
+        out.append(value.detach() if repeated else value)
+    return out
 
 
 def cut_out(
