@@ -151,6 +151,18 @@ class Crossed(Wider):
         return super().forward(x) + self.one.weight.reshape(-1).sum()
 
 
+class Twins(Layer):
+    """Two results of what is alike are read by what comes next: queries and keys that are normalised."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps)
+        self.other, self.value = nn.Linear(16, 32), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (nn.functional.rms_norm(project(x), (32,), eps=self.eps) for project in (self.one, self.other))
+        return x + self.two(self.value(x) * q * torch.relu(k))
+
+
 class Choosing(Layer):
     """Layers that hold functions of their own."""
 
@@ -195,7 +207,7 @@ class Deep(nn.Module):
 ALIKE, OTHER = [1e-5] * 8, [1e-5, 1e-5, 1e-2, 1e-5, 1e-5, 1e-2, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split, Sliced, Flat])
+@pytest.mark.parametrize("kind", [Layer, InPlace, Exact, Doubled, Wider, Crossed, Choosing, Split, Sliced, Flat, Twins])
 @pytest.mark.parametrize("epsilons", [ALIKE, OTHER], ids=["alike", "other"])
 def test_layers_of_pieces(kind: type[Layer], epsilons: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     tracing = Tracing(monkeypatch)
