@@ -160,14 +160,19 @@ def _proven(
         try:
             incremental = incrementalise(captured, autotune=autotune)
         except errors.Refusal as refusal:
-            apart = captured.aligned is not None and refused is not None and captured.seq == refused[0].seq
-            if refused is None or refused[0].rows_first or apart:
+            if refused is None or refused[0].rows_first or _says_more(captured, refused):
                 refused = captured, refusal.kept(), written
         else:
             if refused is None or _answers_by_row(incremental.plan.analyzed):
                 return captured, incremental, written
     assert refused is not None
     return refused
+
+
+def _says_more(captured: Captured, refused: tuple[Captured, errors.Refusal, fx.GraphModule]) -> bool:
+    """True of a reading in which a context brings rows, where another one found only that it has as many entries."""
+    first, refusal, _ = refused
+    return captured.aligned is not None and captured.seq == first.seq and isinstance(refusal, errors.UnsupportedShape)
 
 
 def _answers_by_row(analyzed: Analyzed) -> bool:
