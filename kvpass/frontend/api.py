@@ -95,7 +95,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     report = _explained(model, args, kwargs, axis=1)
     if not report.proven and any(map(_are_tokens, pytree.tree_leaves((args, kwargs)))):
         columns = _explained(model, args, kwargs, axis=0)
-        report = columns if columns.proven else report
+        # Where no row reads another one, any axis may be said to grow.
+        kept = any(not slot.is_output for part in columns.parts for slot in part.slots)
+        report = columns if columns.proven and kept else report
     return report
 
 
