@@ -34,7 +34,7 @@ def without_zeros(analyzed: Analyzed) -> bool:
 def _one_is_zero(analyzed: Analyzed, node: fx.Node) -> bool:
     """True of a sum of two tensors of its own type and shape, one of which is zero everywhere."""
     terms = arguments(node)
-    if node.kwargs or len(terms) != 2 or not all(isinstance(term, fx.Node) for term in terms):
+    if node.kwargs or len(terms) != 2 or not all(term in analyzed.steps for term in terms):  # numbers have no fact
         return False
     values = [of.meta["val"] for of in (node, *terms)]
     alike = len({(value.dtype, *map(sym, value.shape)) for value in values}) == 1
