@@ -37,8 +37,9 @@ def closed_form(tensor: torch.Tensor, leaf: Callable[[], Value]) -> Value | None
     if len(axes) > 1 and not _first_row_fits(flat[(0,) * (len(axes) - 1)]):
         return None
     flat = flat.cpu()
-    form = _ramp(flat, index(0)) if len(axes) == 1 else None
-    if len(axes) > 1 and flat.shape[-2] > 1:
+    if len(axes) == 1:
+        form = _ramp(flat, index(0))
+    else:
         form = (_bands(flat) or _chunks(flat) if len(axes) == 2 else None) or _triangle(flat, leaf)
     form = form if form is not None else _taps(flat)
     return form if form is None or tensor.dtype is not torch.bool else boolean(form)

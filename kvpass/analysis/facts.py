@@ -89,6 +89,10 @@ class Cause:
     why: str
     error: type[errors.Refusal] = errors.DependsOnFuture
 
+    def refusal(self) -> errors.Refusal:
+        """The refusal that names it."""
+        return self.error(node=self.node, detail=self.why)
+
 
 def index(k: int) -> sympy.Symbol:
     """The index variable of flat atom ``k``."""

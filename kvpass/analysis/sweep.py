@@ -418,7 +418,7 @@ def _came_first(op: Op, refusal: errors.Refusal) -> errors.Refusal:
     """Rows in a shape that no rule takes, but which all depend on all rows already: that says more."""
     causes = (x.fact.whole for x in op.operands if x.fact.rows)
     first = next(filter(None, causes), None) if isinstance(refusal, errors.UnsupportedShape) else None
-    return refusal if first is None else first.error(node=first.node, detail=first.why)
+    return refusal if first is None else first.refusal()
 
 
 def opened(arg: Any, scope: Scope) -> Any:

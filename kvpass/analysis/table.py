@@ -80,8 +80,8 @@ class Op:
     def gather(self, numbers: bool = True) -> Parts:
         """What the operands depend on; ``numbers=False`` where symbolic arguments are only sizes."""
         parts = self.scope.gather(self.operands)
-        parts.raw = self.raw(*self.operands, numbers=numbers)
         for number in self.scalars() if numbers else ():
+            parts.raw |= self.scope.named(number)
             if isinstance(number, sympy.Basic) and number.has(self.scope.axes.seq):
                 parts.length = parts.length or self.cause(
                     f"{name_of(self.node)} uses the number of rows, {number}, as a number", errors.DependsOnLength
@@ -268,10 +268,6 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
             )
         if atom.kind is not Kind.SEQ:
             continue
-        if (atom.start + atom.size).is_nonpositive:  # what stands before the first row depends on none
-            parts.deps -= {label for label in parts.deps if op.scope.representative(label) == j}
-            reads_rows(op, parts, [j], support)
-            continue
         row, ahead = bound(op, j, kept, support)
         parts.ahead |= ahead
         _forget_row(op, parts, j, row, support)
@@ -282,7 +278,9 @@ def reduce_over(op: Op, parts: Parts, gone: list[Label], kept: list[Label], igno
 def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Boolean) -> None:
     used = {label for label in parts.deps if op.scope.representative(label) == j}
     parts.deps -= used
-    if row is None:
+    atom = op.scope.atoms[j]
+    before = (atom.start + atom.size).is_nonpositive  # the first row: what stands there depends on none
+    if row is None and not before:
         why = f"{name_of(op.node)} combines all rows of the sequence"
         if support != sympy.true:
             why += f"; the rows it keeps, {pretty(op.scope, support)}, are not all at or before its own"
@@ -291,7 +289,7 @@ def _forget_row(op: Op, parts: Parts, j: Label, row: Label | None, support: Bool
         if used:
             parts.whole = parts.whole or op.cause(why)
         parts.length = parts.length or op.cause(why, errors.DependsOnLength)
-    elif used:
+    elif row is not None and used and not before:
         parts.deps.add(row)
     reads_rows(op, parts, [j], support)
 
@@ -309,7 +307,7 @@ def reads_rows(op: Op, parts: Parts, labels: Iterable[Label], support: Boolean =
     mine = [term for term in terms if rows & term.free_symbols]
     if mine and not implies(scope.resolve(support), sympy.And(*mine)):
         if parts.whole is not None:  # which comes first, and says more
-            raise parts.whole.error(node=parts.whole.node, detail=parts.whole.why)
+            raise parts.whole.refusal()
         if any(not term.atoms(AppliedUndef) for term in mine):
             raise errors.DependsOnFuture(detail=f"{name_of(op.node)} {OF_THE_ROW_BELOW}")
         raise errors.EmptyRow(detail=f"{name_of(op.node)} reads rows whose own mask may have kept no key")

@@ -20,7 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from kvpass.analysis.sweep import sym
 from kvpass.ir import Captured, Input, Role
-from kvpass.transforms.hoist import fixed
+from kvpass.transforms.hoist import apart, fixed
 from kvpass.transforms.normalise import is_identity
 from kvpass.transforms.spell import call, named
 
@@ -50,8 +50,10 @@ def with_rows_of_context(captured: Captured, lengths: set[sympy.Expr]) -> Captur
     axes = {n: axis for n in needed if (axis := _axis(captured, n, lengths)) is not None}
     if not axes:
         return None
-    made = _made(captured.module, of_context, list(axes))
-    if any(map(_is_random, made.graph.nodes)):
+    made, moved = apart(graph, of_context, len(captured.inputs))
+    made.output(tuple(made.call_method("contiguous", (moved[node],)) for node in axes))
+    made.eliminate_dead_code()
+    if any(map(_is_random, made.nodes)):
         return None
     module, names = _given(captured.module, axes, lengths, length)
     first = len(captured.inputs)
@@ -59,7 +61,8 @@ def with_rows_of_context(captured: Captured, lengths: set[sympy.Expr]) -> Captur
         Input(name, first + k, Role.SEQUENCE, "", (axis,), 0 if _has_batch(captured, node) else None)
         for k, (name, (node, axis)) in enumerate(zip(names, axes.items(), strict=True))
     ]
-    return replace(captured, module=module, inputs=(*captured.inputs, *rows), aligned=made)
+    aligned = fx.GraphModule(captured.module, made)
+    return replace(captured, module=module, inputs=(*captured.inputs, *rows), aligned=aligned)
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -90,18 +93,6 @@ def _axis(captured: Captured, node: fx.Node, lengths: set[sympy.Expr]) -> int | 
 
 def _has_batch(captured: Captured, node: fx.Node) -> bool:
     return bool(sym(node.meta["val"].shape[0]) == captured.batch)
-
-
-def _made(module: fx.GraphModule, of_context: dict[fx.Node, bool], needed: list[fx.Node]) -> fx.GraphModule:
-    """From the arguments of the graph to these values."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder" or node in of_context:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(graph.call_method("contiguous", (copies[node],)) for node in needed))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
 
 
 def _given(

@@ -132,7 +132,7 @@ def kvpass(
             captured, incremental, written = _proven(model, inputs, autotune=chosen.autotune)
             if isinstance(incremental, errors.Refusal):
                 raise incremental
-            check = partial(_checked, captured, incremental, plain, _as_function(written))
+            check = partial(_checked, partial(verify, captured, incremental, plain, _as_function(written)))
             unchecked = chosen.verify and not check(inputs)
             cache = chosen.cache if chosen.cache is not None else default_cache()
             rebuild = partial(_rebuild, written, autotune=chosen.autotune)
@@ -181,13 +181,7 @@ def _answers_by_row(analyzed: Analyzed) -> bool:
     return any(f.whole is None and any(atom.kind is Kind.SEQ for atom in f.atoms) for f in facts)
 
 
-def _checked(
-    captured: Captured,
-    incremental: Incremental,
-    plain: Callable[..., Any],
-    written: Callable[..., Any],
-    args: Sequence[Any],
-) -> bool:
+def _checked(compare: Callable[[Sequence[Any]], None], args: Sequence[Any]) -> bool:
     """False where the model itself raises on these arguments: the check waits for better ones.
 
     Raises:
@@ -195,7 +189,7 @@ def _checked(
     """
     with _defects_named():
         try:
-            verify(captured, incremental, plain, written, args)
+            compare(args)
         except PlainFailed:
             return False
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -105,11 +105,12 @@ def _is_composite(op: Any) -> bool:
 def _to_aten(
     gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
 ) -> fx.GraphModule:
-    depth, written = torch._C._functorch.get_dynamic_layer_stack_depth(), list[str]()
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    written: list[str] = []
     try:
         with trace.tracing, torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "At pre-dispatch tracing, we assume that any custom op")
-            once = _traced_once(gm, fakes, spelled, written)
+            once, written = _traced_once(gm, fakes, spelled)
             if once is not None:
                 return once
             module, signature = aot_export_module(
@@ -131,22 +132,19 @@ def _to_aten(
 
 
 def _traced_once(
-    gm: fx.GraphModule,
-    fakes: Sequence[Any],
-    spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]],
-    written: list[str],
-) -> fx.GraphModule | None:
+    gm: fx.GraphModule, fakes: Sequence[Any], spelled: Mapping[torch._ops.OpOverload, Callable[..., Any]]
+) -> tuple[fx.GraphModule | None, list[str]]:
     """What `aot_export_module` returns for a graph that only computes, which it runs twice: first to learn that.
 
-    None where the graph does more (it writes into inputs, or has effects), or where tensors are made of others.
-
-    Args:
-        written: gets what the user calls the inputs that are written into.
+    Returns:
+        None where the graph does more (it writes into inputs, or has effects), or where tensors are made of others;
+        and what the user calls the inputs that are written into.
     """
     mode = detect_fake_mode(fakes)
     lifted = [*gm.parameters(), *gm.buffers()]
     if mode is None or mode.shape_env is None or lifted or any(map(is_traceable_wrapper_subclass, fakes)):
-        return None
+        return None, []
+    written: list[str] = []
     names = [source_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
     def run(*args: Any) -> tuple[Any, ...]:
@@ -165,12 +163,24 @@ def _traced_once(
             return tuple(pytree.tree_map(from_fun, results))
 
     with mode, enable_python_dispatcher(), FunctionalTensorMode(pre_dispatch=True, export=True):
-        module = make_fx(run, decomposition_table=dict(spelled), pre_dispatch=True)(*_of_one_mode(fakes))
+        module = make_fx(run, decomposition_table=dict(spelled), pre_dispatch=True)(*_told_apart(_of_one_mode(fakes)))
     if written or any(has_effects(node.target) for node in module.graph.nodes if node.op == "call_function"):
-        return None
+        return None, written
     module.graph.eliminate_dead_code()
     module.recompile()
-    return module
+    return module, []
+
+
+def _told_apart(values: Sequence[Any]) -> list[Any]:
+    """The same values, each an object of its own: results of one piece that is put in twice have one between them, and
+    tracing takes two inputs that are one tensor for the same input.
+    """
+    seen, out = set[int](), list[Any]()
+    for value in values:
+        repeated = isinstance(value, torch.Tensor) and id(value) in seen
+        seen.add(id(value))
+        out.append(value.detach() if repeated else value)
+    return out
 
 
 def source_of(place: fx.Node) -> str:
@@ -325,7 +335,7 @@ class _Joined:
         before = (x for node in piece for x in node.all_input_nodes if x not in inside and x.op != "get_attr")
         given = list(dict.fromkeys([*sizes, *before]))
         read = [node for node in piece if any(user not in inside for user in node.users)]
-        values = _told_apart(x.meta["val"] if isinstance(x := self.nodes[node], fx.Node) else x for node in given)
+        values = [x.meta["val"] if isinstance(x := self.nodes[node], fx.Node) else x for node in given]
         place = {node: k for k, node in enumerate([*given, *piece])}
         named = lambda x: place.get(x, (x.target, id(getattr(self.gm, str(x.target), None))))  # noqa: E731
         key = (
@@ -347,18 +357,6 @@ class _Joined:
             name = f"piece{number}_{str(node.target).replace('.', '_')}"
             self.held[name] = attrgetter(str(node.target))(module)
             node.target = name
-
-
-def _told_apart(values: Iterable[Any]) -> list[Any]:
-    """The same values, each an object of its own: results of one piece that is put in twice have one between them, and
-    tracing takes two inputs that are one tensor for the same input.
-    """
-    seen, out = set[int](), list[Any]()
-    for value in values:
-        repeated = isinstance(value, torch.Tensor) and id(value) in seen
-        seen.add(id(value))
-        out.append(value.detach() if repeated else value)
-    return out
 
 
 def cut_out(

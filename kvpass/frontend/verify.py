@@ -113,11 +113,11 @@ def _with_rows_of_context(
         for given, node, value in zip(captured.inputs, nodes, real, strict=False)
     ]
     with torch.no_grad():
-        rows = [*args, *captured.aligned(*args)]
         try:
             expected = plain(*args)
         except Exception as error:
             raise PlainFailed() from error
+        rows = [*args, *captured.aligned(*args)]
         found = written(*rows)
     allowed = limits(captured.module.graph)
     for k, (a, b) in enumerate(zip(found, expected, strict=True)):

@@ -58,6 +58,13 @@ class Bound:
     remembered: Remembered
     steps: Steps
 
+    def with_rows_of_context(self, given: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of a call, and what the context brings for each row."""
+        made = self.incremental.plan.analyzed.captured.aligned
+        if made is None:
+            return given
+        return [*given, *self.remembered.get(self.keys.beside(given), lambda: _without_gradients(made, given), given)]
+
     def run(self, args: Sequence[Any], lease: Lease, context: bytes, rows: Sequence[bytes]) -> Outputs:
         """One call; the outputs are the caller's."""
         ahead: Outputs = ()
@@ -123,7 +130,7 @@ class Program(Locked):
         self._tiers, self._compare = tiers, compare
         self._places = [i.index for i in captured.of(Role.CONSTANT)]
         self._names = [i.name for i in captured.of(Role.CONSTANT)]
-        self._forms, self._given = captured.of(Role.FORM), captured.arguments
+        self._forms = captured.of(Role.FORM)
         self._warned: set[str] = set()
         self.refusal: errors.Refusal | None = None
         self._check: Callable[[Sequence[Any]], bool] | None = None
@@ -161,12 +168,12 @@ class Program(Locked):
     def __call__(self, *given: Any) -> Outputs:
         if not self._numbers_hold(given) or not self._forms_hold(given):
             return self._plainly(given)
-        args = self._with_rows_of_context(given)
         if self._check is not None and not (self._entries_hold(self._bound, given) and self._passes(given)):
             return self._plainly(given)
-        bound = self._current(args)
-        if bound is None or not self._entries_hold(bound, args):
-            return self._plainly(args)
+        bound = self._current(given)
+        if bound is None or not self._entries_hold(bound, given):
+            return self._plainly(given)
+        args = bound.with_rows_of_context(given)
         rows, width = bound.keys.rows(args)
         length = bound.keys.length(args) + bound.keys.lead(args)
         limit = length - bound.keys.last(args)
@@ -180,17 +187,8 @@ class Program(Locked):
         with lease:
             return bound.run(args, lease, context, rows)
 
-    def _with_rows_of_context(self, given: Sequence[Any]) -> Sequence[Any]:
-        """The arguments of a call, and what the context brings for each row."""
-        made = self.captured.aligned
-        bound = None if made is None else self._current(given)
-        if made is None or bound is None:
-            return given
-        name = bound.keys.beside(given)
-        return [*given, *bound.remembered.get(name, lambda: _without_gradients(made, given), given)]
-
     def _plainly(self, args: Sequence[Any]) -> Outputs:
-        return tuple(self.plain(*args[: self._given]))
+        return tuple(self.plain(*args))
 
     def _warn(self, key: str, text: str) -> None:
         if key not in self._warned:

@@ -37,17 +37,14 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
     stride, padding, dilation = (given[k][0] for k in ("stride", "padding", "dilation"))
     x, left = _unpadded(given["input"], 1, padding)
     value, shape = x.meta["val"], weight.meta["val"].shape
-    groups, transposed = given["groups"], given.get("transposed", False)
-    depthwise = groups == shape[0] == value.shape[1] if value.dim() == 3 else False
+    transposed = given.get("transposed", False)
     length = sym(value.shape[-1])
     ends = _kept(node, length)
     if value.dim() != 3 or length.is_number or not ends or stride != 1 or transposed or shape[2] > _MOST_TAPS:
         return
     with graph.inserting_before(node):
-        parts = [
-            _tap(graph, node, _back(graph, node, x, left + padding - tap * dilation, 1), weight, tap, groups, depthwise)
-            for tap in range(shape[2])
-        ]
+        shifts = [left + padding - tap * dilation for tap in range(shape[2])]
+        parts = [_tap(graph, node, _back(graph, node, x, by, 1), weight, tap) for tap, by in enumerate(shifts)]
         total = parts[0]
         for part in parts[1:]:
             total = call(graph, node, aten.add.Tensor, total, part)
@@ -57,15 +54,16 @@ def _unroll(graph: fx.Graph, node: fx.Node) -> None:
         end.replace_all_uses_with(total)
 
 
-def _tap(graph: fx.Graph, like: fx.Node, row: fx.Node, weight: fx.Node, tap: int, groups: int, each: bool) -> fx.Node:
+def _tap(graph: fx.Graph, like: fx.Node, row: fx.Node, weight: fx.Node, tap: int) -> fx.Node:
     """Rows ``[B, C, S]`` times one tap of the weight, ``[O, C / groups]``."""
     factor = call(graph, like, aten.select.int, weight, 2, tap)
-    if each:  # depthwise
+    (outs, each_in), channels = factor.meta["val"].shape, row.meta["val"].shape[1]
+    groups = channels // each_in
+    if groups == channels == outs:  # depthwise
         return call(graph, like, aten.mul.Tensor, row, factor)
     if groups == 1:
         return call(graph, like, aten.matmul.default, factor, row)
-    texts, channels, rows = sizes(partial(call, graph, like), row)
-    outs, each_in = factor.meta["val"].shape
+    texts, _, rows = sizes(partial(call, graph, like), row)
     apart = call(graph, like, aten.reshape.default, row, [texts, groups, channels // groups, rows])
     factor = call(graph, like, aten.reshape.default, factor, [groups, outs // groups, each_in])
     product = call(graph, like, aten.matmul.default, factor, apart)

@@ -42,23 +42,12 @@ def hoist(incremental: Incremental) -> Hoisted | None:
     if not any(incremental.origin.get(node.name) in heavy for node in alone):
         return None
     needed = [node for node in alone if any(not reads_context.get(user) for user in node.users)]
-    context, step = fx.Graph(), fx.Graph()
-    kept: dict[fx.Node, fx.Node] = {}
-    moved: dict[fx.Node, fx.Node] = {}
-    arguments = len(incremental.plan.analyzed.captured.inputs)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for k, node in enumerate(placeholders):
-        kept[node] = step.node_copy(node)
-        if k < arguments:
-            moved[node] = context.node_copy(node)
-    for node in needed:
-        kept[node] = step.placeholder(f"hoisted_{node.name}")
+    context, moved = apart(graph, reads_context, len(incremental.plan.analyzed.captured.inputs))
+    step = fx.Graph()
+    kept = {node: step.node_copy(node) for node in graph.find_nodes(op="placeholder")}
+    kept |= {node: step.placeholder(f"hoisted_{node.name}") for node in needed}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node in reads_context:
-            moved[node] = context.node_copy(node, moved.__getitem__)
-        if not reads_context.get(node):
+        if node.op != "placeholder" and not reads_context.get(node):
             kept[node] = step.node_copy(node, kept.__getitem__)
     context.output(tuple(moved[node] for node in needed))
     for made in (context, step):
@@ -66,6 +55,22 @@ def hoist(incremental: Incremental) -> Hoisted | None:
         made.lint()
     root = incremental.module
     return Hoisted(tuple(n.name for n in needed), fx.GraphModule(root, context), fx.GraphModule(root, step))
+
+
+def apart(
+    graph: fx.Graph, reads_context: dict[fx.Node, bool], arguments: int
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A graph of its own of what `fixed` found, which has no output yet; and what each value is in it.
+
+    Args:
+        arguments: how many of the inputs it takes.
+    """
+    made = fx.Graph()
+    moved = {node: made.node_copy(node) for node in list(graph.find_nodes(op="placeholder"))[:arguments]}
+    for node in reads_context:
+        if node.op != "placeholder":
+            moved[node] = made.node_copy(node, moved.__getitem__)
+    return made, moved
 
 
 def fixed(graph: fx.Graph, captured: Captured) -> dict[fx.Node, bool]:

@@ -336,7 +336,7 @@ def _obstacles(analyzed: Analyzed, node: fx.Node, fact: Fact) -> Iterator[errors
     """Why a value may not be stored. None of these: row ``i`` is a function of the inputs' rows up to ``i``."""
     for _, cause in fact.tainted():
         place = analyzed.named.get(cause.node, node)
-        yield cause.error(detail=cause.why).at(cause.node, source_of(place))
+        yield cause.refusal().at(cause.node, source_of(place))
     for refusal in _shape_obstacles(analyzed, fact):
         place = _origin(analyzed, node, type(refusal))
         yield refusal.at(place.name, source_of(place))
